@@ -1,0 +1,1 @@
+"""Mechanisms that treat heads differently: routing, gating and sharing among them."""

@@ -1,0 +1,1 @@
+"""Mechanisms of linear cost: feature maps, gates and states instead of a score matrix."""

@@ -1,0 +1,1 @@
+"""Mechanisms that turn a sequence into one vector."""
