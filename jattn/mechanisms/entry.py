@@ -1,7 +1,7 @@
 """What a mechanism says about itself: the `Entry` that ends every mechanism file.
 
-This module imports nothing of jattn, so that engines, layers, caches, probes and tasks can all end with an entry of their own.
-`jattn.catalog` collects the entries, `jattn.testing` holds each one to what it declares.
+This module imports nothing of jattn, so that engines, layers, caches, probes and tasks can all end with an entry of
+their own. `jattn.catalog` collects the entries, `jattn.testing` holds each one to what it declares.
 """
 
 import dataclasses
@@ -158,8 +158,8 @@ class Entry:
         patterns: the subset of `PATTERNS` it supports.
         cost: growth of work and temporary memory; None where it makes no sense (a mask, a task).
         decode: how to generate one token at a time; `""` or a text that starts with `"no"` means not at all, and why.
-        example: `example(key, length) -> (args, kwargs)` of a small call of `function`, or a `LayerExample` for a `layer`. It may
-            take a keyword `query_length` when its cross-attention inputs cannot be had by shortening the query.
+        example: `example(key, length) -> (args, kwargs)` of a small call of `function`, or a `LayerExample` for a
+            `layer`. It may take a keyword `query_length` when cross inputs cannot be had by shortening the query.
         fidelity: `"official code"`, `"paper"`, or `"inferred: which part"`.
         exempt: conformance checks that do not apply, each with its reason.
 
@@ -218,9 +218,7 @@ class Entry:
             isinstance(check, str) and isinstance(reason, str) and reason.strip()
             for check, reason in self.exempt.items()
         ):
-            raise self._bad(
-                "exempt", "a mapping from the name of a check to the reason, in words, why it does not apply"
-            )
+            raise self._bad("exempt", "a mapping from the name of a check to the reason why it does not apply")
 
     def _bad(self, field: str, expected: str) -> ValueError:
         return ValueError(f"{field} of entry {self.name!r} must be {expected}; got {getattr(self, field)!r}")

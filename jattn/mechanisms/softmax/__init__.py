@@ -1,1 +1,1 @@
-"""Mechanisms whose weights come from the softmax engine: normalizers, score modifications, virtual keys, pooled tokens."""
+"""Mechanisms on the softmax engine: normalizers, score modifications, virtual keys, pooled tokens."""

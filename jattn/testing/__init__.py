@@ -1,0 +1,1 @@
+"""The conformance suite and the tolerance policy, importable, so that users can check mechanisms of their own."""
