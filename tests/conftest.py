@@ -1,0 +1,87 @@
+"""What every test shares: run-time checks of shapes, a persistent compilation cache, and child processes with devices.
+
+This file is loaded before any module of jattn, so that the import hook sees them all.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jaxtyping
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# Where jaxtyping annotations are checked at run time, with beartype. Public functions take array-likes and validate
+# themselves with errors of their own, and pytree dataclasses must stay free to hold anything (vmap and tree.map put
+# tracers, axes and None into them), so neither kind of module stands here.
+HOOKED = (
+    "jattn.layers",
+    "jattn.models",
+    "jattn.recurrence",
+    "jattn.softmax.blockwise",
+    "jattn.softmax.compilers",
+    "jattn.softmax.gather",
+    "jattn.softmax.reference",
+    "jattn.softmax.topk",
+)
+UNHOOKED = ()
+
+
+def modules_to_hook() -> list[str]:
+    """The modules that HOOKED covers and UNHOOKED does not, found by file name, so that nothing is imported."""
+    names = []
+    for path in sorted((ROOT / "jattn").rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts)
+        below = any(name == hooked or name.startswith((hooked + ".", hooked + "_")) for hooked in HOOKED)
+        if below and parts[-1] != "__init__" and name not in UNHOOKED:
+            names.append(name)
+    return names
+
+
+def cache_directory() -> str:
+    """The folder of compiled programs: $JAX_COMPILATION_CACHE_DIR, or one in the user's cache folder."""
+    default = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jattn" / "jax"
+    return os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(default)
+
+
+jaxtyping.install_import_hook(modules_to_hook(), "beartype.beartype")
+jax.config.update("jax_compilation_cache_dir", cache_directory())
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(scope="session")
+def run_with_devices():
+    """`run_with_devices(n, code) -> stdout`: runs code in a new process that has n CPU devices, and asserts success.
+
+    The number of devices is fixed when a process starts its backend, so a test of sharding cannot set it in its own.
+    """
+
+    def run(num_devices: int, code: str, timeout: float = 300.0) -> str:
+        environment = dict(
+            os.environ,
+            JAX_PLATFORMS="cpu",
+            XLA_FLAGS=f"--xla_force_host_platform_device_count={num_devices}",
+            PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            JAX_COMPILATION_CACHE_DIR=cache_directory(),
+            JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+            JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run
