@@ -1,7 +1,7 @@
 """Training, as functions of arrays: build a model for a task, initialize it, step it, evaluate it.
 
-Everything that changes during training is one pytree, `TrainState`; everything else is fixed when the `Trainer` is made.
-So several seeds train in one program by `jax.vmap` over the state, and a run can stop and go on from any state:
+Everything that changes during training is one pytree, `TrainState`; all else is fixed when the `Trainer` is made. So
+several seeds train in one program by `jax.vmap` over the state, and a run can stop and go on from any state:
 
     trainer = Trainer(tasks.get("mqar"), ModelOptions(width=64), TrainOptions(steps=100))
     state = trainer.init(0)
@@ -21,7 +21,6 @@ and with seeds 0, 1, 2 side by side:
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -158,7 +157,7 @@ def make_optimizer(options: TrainOptions):
 
 
 def step_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
-    """The random key of one training step: a function of seed and step, so that a resumed run draws the same numbers."""
+    """The random key of one training step: a function of seed and step, so a resumed run draws the same numbers."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
@@ -173,6 +172,16 @@ def stacked_batch(seeded: Sequence[tasks.Task], split: str, step: int, size: int
     return {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
 
 
+def auxiliary_loss(aux: Any) -> jax.Array:
+    """The sum of all entries of a model's `aux` whose name ends with "loss": what mechanisms add to the objective."""
+    total = jnp.zeros((), jnp.float32)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(aux)[0]:
+        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        if any(name.endswith("loss") for name in names):
+            total += jnp.sum(leaf).astype(jnp.float32)
+    return total
+
+
 class Trainer:
     """One model on one task under one budget.
 
@@ -181,8 +190,8 @@ class Trainer:
         model: the model's options.
         options: the budget and the optimizer.
 
-    `init`, `train_step` and `eval_step` are pure and may be vmapped, jitted, lowered; `step`, `step_seeds`, `init_seeds`
-    and `evaluate` are their compiled forms.
+    `init`, `train_step` and `eval_step` are pure and may be vmapped, jitted, lowered; `step`, `step_seeds`,
+    `init_seeds` and `evaluate` are their compiled forms.
     """
 
     def __init__(self, task: tasks.Task, model: ModelOptions, options: TrainOptions) -> None:
@@ -202,18 +211,40 @@ class Trainer:
         return TrainState(jnp.zeros((), jnp.int32), params, other, self.optimizer.init(params))
 
     def forward(self, params: Any, other: Any, inputs: jax.Array, key: jax.Array | None = None) -> tuple[Any, Any]:
-        """Apply the model: `(ModelOutput, other)`. With a key it runs in training mode (dropout), else deterministically."""
-        raise NotImplementedError
+        """Apply the model: `(output, other)`. With a key it runs as in training (dropout), else deterministically."""
+        # copy=True: variables that change (random streams, running statistics) must belong to this trace.
+        model = nnx.merge(self.graphdef, params, other, copy=True)
+        if key is None:
+            output = model(inputs)
+        else:
+            output = model(inputs, deterministic=False, rngs=nnx.Rngs(key))
+        return output, nnx.split(model, nnx.Param, ...)[2]
 
     def train_step(
         self, state: TrainState, batch: Mapping[str, Any], key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One optimizer step: `(new state, {"loss", "auxiliary_loss", "gradient_norm", "learning_rate"})`. Pure."""
-        raise NotImplementedError
+        import optax
+
+        def objective(params: Any) -> tuple[jax.Array, Any]:
+            output, other = self.forward(params, state.other, batch["inputs"], key)
+            loss, auxiliary = self.task.loss(output, batch), auxiliary_loss(output.aux)
+            return loss + auxiliary, (loss, auxiliary, other)
+
+        gradients, (loss, auxiliary, other) = jax.grad(objective, has_aux=True)(state.params)
+        updates, optimizer = self.optimizer.update(gradients, state.optimizer, state.params)
+        stats = {
+            "loss": loss,
+            "auxiliary_loss": auxiliary,
+            "gradient_norm": jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(gradients))),
+            "learning_rate": jnp.asarray(self.schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), other, optimizer), stats
 
     def eval_step(self, state: TrainState, batch: Mapping[str, Any]) -> dict[str, tasks.Mean]:
         """The metrics of one batch as totals and counts, which add up over batches. Pure."""
-        raise NotImplementedError
+        output, _ = self.forward(state.params, state.other, batch["inputs"])
+        return self.task.metrics(output, batch)
 
     @functools.cached_property
     def step(self):
@@ -222,12 +253,16 @@ class Trainer:
 
     @functools.cached_property
     def step_seeds(self):
-        """`train_step` over stacked states, stacked batches and stacked keys, compiled. The states given are consumed."""
+        """`train_step` over stacked states, batches and keys, compiled. The states given are consumed."""
         return jax.jit(jax.vmap(self.train_step), donate_argnums=0)
 
     def init_seeds(self, seeds: Sequence[int]) -> TrainState:
         """`init` for several seeds, stacked along a new first axis of every leaf."""
-        raise NotImplementedError
+        return jax.jit(jax.vmap(self.init))(jnp.asarray(seeds, jnp.uint32))
+
+    @functools.cached_property
+    def _evaluators(self):
+        return {False: jax.jit(self.eval_step), True: jax.jit(jax.vmap(self.eval_step, in_axes=(0, None)))}
 
     def evaluate(
         self,
@@ -238,5 +273,17 @@ class Trainer:
         max_batches: int | None = None,
         stacked: bool = False,
     ) -> dict[str, Any]:
-        """Metrics over a split: numbers, or with `stacked` arrays with one number for each seed of a stacked state."""
-        raise NotImplementedError
+        """Metrics over a split: numbers, or with `stacked` arrays with one number for each seed of a stacked state.
+
+        Args:
+            state: a state of `init`, or a stacked one.
+            split: `"valid"` or `"test"`.
+            batch_size: examples a batch; the training batch size if None. It changes no result beyond rounding.
+            max_batches: stop after so many batches; None walks the whole split.
+            stacked: whether the state is stacked.
+        """
+        size = batch_size or self.options.batch_size
+        batches = self.task.num_batches(split, size)
+        batches = batches if max_batches is None else min(batches, max_batches)
+        evaluator = self._evaluators[stacked]
+        return tasks.summarize([evaluator(state, self.task.batch(split, step, size)) for step in range(batches)])
