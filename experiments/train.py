@@ -207,75 +207,85 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
 
 
-_MODEL, _TRAIN, _HABITS = ModelOptions(), TrainOptions(), Habits()
-TASK = flags.DEFINE_string("task", "mqar", "the task: mqar, prose, code or digits")
-TASK_OPTIONS = flags.DEFINE_string("task_options", "", "its parameters, such as seq_len=128,num_kv_pairs=8")
-ATTENTION = flags.DEFINE_string(
-    "attention", _MODEL.attention, "name of the attention mechanism; `python -m jattn catalog` lists them"
-)
-ATTENTION_OPTIONS = flags.DEFINE_string("attention_options", "", "its hyper-parameters, as name=value,name=value")
-WIDTH = flags.DEFINE_integer("width", _MODEL.width, "features of the residual stream", lower_bound=1)
-DEPTH = flags.DEFINE_integer("depth", _MODEL.depth, "number of blocks", lower_bound=1)
-HEADS = flags.DEFINE_integer("heads", _MODEL.num_heads, "query heads; divides the width", lower_bound=1)
-KV_HEADS = flags.DEFINE_integer("kv_heads", None, "key-value heads; as many as query heads if not given", lower_bound=1)
-MLP_RATIO = flags.DEFINE_float("mlp_ratio", _MODEL.mlp_ratio, "feed-forward width over width; 0 for no feed-forward")
-POSITION = flags.DEFINE_string("position", _MODEL.position, "how positions enter: learned, rope, alibi, t5 or none")
-STEPS = flags.DEFINE_integer("steps", _TRAIN.steps, "optimizer steps", lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", _TRAIN.batch_size, "examples a step", lower_bound=1)
-LEARNING_RATE = flags.DEFINE_float("learning_rate", _TRAIN.learning_rate, "peak learning rate")
-WARMUP = flags.DEFINE_float("warmup_fraction", _TRAIN.warmup_fraction, "share of the steps spent in linear warmup")
-FINAL = flags.DEFINE_float("final_fraction", _TRAIN.final_fraction, "last learning rate over the peak")
-WEIGHT_DECAY = flags.DEFINE_float("weight_decay", _TRAIN.weight_decay, "AdamW's decay of matrices")
-CLIP_NORM = flags.DEFINE_float("clip_norm", _TRAIN.clip_norm, "largest global gradient norm")
-SEED = flags.DEFINE_integer("seed", 0, "seed of parameters, dropout and training data", lower_bound=0)
-LOG_EVERY = flags.DEFINE_integer("log_every", _HABITS.log_every, "steps between lines of metrics", lower_bound=1)
-EVAL_EVERY = flags.DEFINE_integer("eval_every", _HABITS.eval_every, "steps between evaluations", lower_bound=1)
-EVAL_BATCHES = flags.DEFINE_integer("eval_batches", None, "batches an evaluation; all if not given", lower_bound=1)
-CHECKPOINT_EVERY = flags.DEFINE_integer(
-    "checkpoint_every", _HABITS.checkpoint_every, "steps between checkpoints", lower_bound=1
-)
-KEEP = flags.DEFINE_integer("keep", _HABITS.keep, "how many checkpoints stay on disk", lower_bound=1)
-OUTPUT = flags.DEFINE_string("output", None, "output folder; results/train/TASK-ATTENTION-SEED if not given")
-FRESH = flags.DEFINE_boolean("fresh", False, "remove the run that the output folder holds, and start over")
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of this script; a function, so that several scripts can be imported into one process."""
+    model, budget, habits = ModelOptions(), TrainOptions(), Habits()
 
+    def text(name: str, default: str | None, meaning: str) -> None:
+        flags.DEFINE_string(name, default, meaning, flag_values=values)
 
-def config_from_flags() -> Config:
-    """The config that the command line asks for."""
-    return Config(
-        task=TASK.value,
-        task_options=records.parse_options(TASK_OPTIONS.value),
-        model=ModelOptions(
-            attention=ATTENTION.value,
-            attention_options=records.parse_options(ATTENTION_OPTIONS.value),
-            width=WIDTH.value,
-            depth=DEPTH.value,
-            num_heads=HEADS.value,
-            num_kv_heads=KV_HEADS.value,
-            mlp_ratio=MLP_RATIO.value,
-            position=POSITION.value,
-        ),
-        train=TrainOptions(
-            steps=STEPS.value,
-            batch_size=BATCH_SIZE.value,
-            learning_rate=LEARNING_RATE.value,
-            warmup_fraction=WARMUP.value,
-            final_fraction=FINAL.value,
-            weight_decay=WEIGHT_DECAY.value,
-            clip_norm=CLIP_NORM.value,
-        ),
-        seed=SEED.value,
+    def whole(name: str, default: int | None, meaning: str, least: int = 1) -> None:
+        flags.DEFINE_integer(name, default, meaning, lower_bound=least, flag_values=values)
+
+    def real(name: str, default: float, meaning: str) -> None:
+        flags.DEFINE_float(name, default, meaning, flag_values=values)
+
+    text("task", "mqar", f"the task: {', '.join(tasks.names())}")
+    text("task_options", "", "its parameters, such as seq_len=128,num_kv_pairs=8")
+    text("attention", model.attention, "name of the attention mechanism; `python -m jattn catalog` lists them")
+    text("attention_options", "", "its hyper-parameters, as name=value,name=value")
+    whole("width", model.width, "features of the residual stream")
+    whole("depth", model.depth, "number of blocks")
+    whole("heads", model.num_heads, "query heads; divides the width")
+    whole("kv_heads", None, "key-value heads; as many as query heads if not given")
+    real("mlp_ratio", model.mlp_ratio, "feed-forward width over width; 0 for no feed-forward part")
+    text("position", model.position, "how positions enter: learned, rope, alibi, t5 or none")
+    whole("steps", budget.steps, "optimizer steps")
+    whole("batch_size", budget.batch_size, "examples a step")
+    real("learning_rate", budget.learning_rate, "peak learning rate")
+    real("warmup_fraction", budget.warmup_fraction, "share of the steps spent in linear warmup")
+    real("final_fraction", budget.final_fraction, "last learning rate over the peak")
+    real("weight_decay", budget.weight_decay, "AdamW's decay of matrices")
+    real("clip_norm", budget.clip_norm, "largest global gradient norm")
+    whole("seed", 0, "seed of parameters, dropout and training data", least=0)
+    whole("log_every", habits.log_every, "steps between lines of metrics")
+    whole("eval_every", habits.eval_every, "steps between evaluations")
+    whole("eval_batches", None, "batches an evaluation; all if not given")
+    whole("checkpoint_every", habits.checkpoint_every, "steps between checkpoints")
+    whole("keep", habits.keep, "how many checkpoints stay on disk")
+    text("output", None, "output folder; results/train/TASK-ATTENTION-SEED if not given")
+    flags.DEFINE_boolean(
+        "fresh", False, "remove the run that the output folder holds, and start over", flag_values=values
     )
 
 
-def main(argv: list[str]) -> None:
+def config_from_flags(values: flags.FlagValues) -> Config:
+    """The config that the command line asks for."""
+    return Config(
+        task=values.task,
+        task_options=records.parse_options(values.task_options),
+        model=ModelOptions(
+            attention=values.attention,
+            attention_options=records.parse_options(values.attention_options),
+            width=values.width,
+            depth=values.depth,
+            num_heads=values.heads,
+            num_kv_heads=values.kv_heads,
+            mlp_ratio=values.mlp_ratio,
+            position=values.position,
+        ),
+        train=TrainOptions(
+            steps=values.steps,
+            batch_size=values.batch_size,
+            learning_rate=values.learning_rate,
+            warmup_fraction=values.warmup_fraction,
+            final_fraction=values.final_fraction,
+            weight_decay=values.weight_decay,
+            clip_norm=values.clip_norm,
+        ),
+        seed=values.seed,
+    )
+
+
+def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {' '.join(argv[1:])}")
     try:
-        config = config_from_flags()
-        habits = Habits(LOG_EVERY.value, EVAL_EVERY.value, CHECKPOINT_EVERY.value, KEEP.value, EVAL_BATCHES.value)
+        config = config_from_flags(values)
+        habits = Habits(values.log_every, values.eval_every, values.checkpoint_every, values.keep, values.eval_batches)
         name = f"{config.task}-{config.model.attention}-{config.seed}"
-        folder = pathlib.Path(OUTPUT.value or pathlib.Path("results", "train", name))
-        trainer = prepare(config, folder, FRESH.value)
+        folder = pathlib.Path(values.output or pathlib.Path("results", "train", name))
+        trainer = prepare(config, folder, values.fresh)
     except ValueError as error:
         sys.exit(f"error: {error}")
     try:
@@ -285,4 +295,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags(flags.FLAGS)
     app.run(main)
