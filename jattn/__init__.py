@@ -1,0 +1,51 @@
+"""jattn: the attention library for JAX."""
+
+from typing import Any
+
+from jattn.softmax import compilers as layouts
+from jattn.softmax import masks, normalizers, score_mods
+from jattn.softmax.api import dot_product_attention, explain
+from jattn.softmax.layout import BlockLayout
+from jattn.softmax.masks import Mask
+from jattn.softmax.merge import merge_lse
+from jattn.softmax.normalizers import Normalizer
+from jattn.softmax.score_mods import Operand, ScoreMod
+from jattn.softmax.topk import topk_mask
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockLayout",
+    "Mask",
+    "Normalizer",
+    "Operand",
+    "ScoreMod",
+    "dot_product_attention",
+    "explain",
+    "get",
+    "layouts",
+    "masks",
+    "merge_lse",
+    "normalizers",
+    "score_mods",
+    "topk_mask",
+]
+
+
+def get(name: str) -> Any:
+    """A catalogued mechanism by name: its function, or its layer class.
+
+    Args:
+      name: a name of `jattn catalog`.
+
+    Raises:
+      ValueError: an unknown name; the message holds the nearest ones.
+
+    Example:
+      >>> import jattn
+      >>> jattn.get("softmax_attention").__name__
+      'softmax_attention'
+    """
+    from jattn import catalog
+
+    return catalog.get(name)

@@ -1,0 +1,1 @@
+"""Engine 1: dense, masked, biased and block-sparse attention with any normalizer."""

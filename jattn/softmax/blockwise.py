@@ -1,0 +1,1 @@
+from jattn.softmax.reference import attend

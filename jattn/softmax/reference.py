@@ -1,0 +1,94 @@
+"""The reference: quadratic, exact, and as short as the definition. Everything else is tested against it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jattn.softmax.problem import Problem, dense_visibility, drop_pairs, modify_logits, offset_tile, positions
+
+
+def attend(problem: Problem, return_residual: bool):
+    """Output `[B, T, N, Dv]` in the computing dtype, and lse `[B, T, N]` (None unless `return_residual`)."""
+    visible = dense_visibility(problem)
+    query, key, value = _without_unseen(problem, visible)
+    logits, visible = _masked_logits(problem, query, key, visible)
+    weights, lse = _normalize(problem, logits, visible, return_residual)
+    batch, length, source, num_heads, _ = problem.sizes
+    index = np.ogrid[:batch, :num_heads, :length, :source]
+    weights = drop_pairs(problem, weights, *index)
+    return _mix(problem, weights, value), None if lse is None else jnp.swapaxes(lse, 1, 2)
+
+
+def _without_unseen(problem: Problem, visible):
+    """Zero the keys and values that nobody sees and the queries that see nothing: 0 * NaN would be NaN."""
+    query, key, value = problem.query, problem.key, problem.value
+    if visible is None:
+        return query, key, value
+    batch, length, source, num_heads, kv_heads = problem.sizes
+    xp = np if isinstance(visible, np.ndarray) else jnp
+    seen_key = xp.broadcast_to(visible.any(2), (*visible.shape[:2], source))
+    if seen_key.shape[1] > 1:
+        seen_key = seen_key.reshape(-1, kv_heads, num_heads // kv_heads, source).any(2)
+    seeing_query = xp.broadcast_to(visible.any(3), (*visible.shape[:2], length))
+    if xp is jnp or not seen_key.all():
+        seen = jnp.swapaxes(jnp.asarray(seen_key), 1, 2)[..., None]
+        key, value = jnp.where(seen, key, 0), jnp.where(seen, value, 0)
+    if xp is jnp or not seeing_query.all():
+        query = jnp.where(jnp.swapaxes(jnp.asarray(seeing_query), 1, 2)[..., None], query, 0)
+    return query, key, value
+
+
+def _masked_logits(problem: Problem, query, key, visible):
+    batch, length, source, num_heads, kv_heads = problem.sizes
+    dtype = problem.compute_dtype
+    grouped = query.reshape(batch, length, kv_heads, num_heads // kv_heads, -1)
+    logits = jnp.einsum(
+        "btkgd,bskd->bkgts", grouped, key, precision=problem.precision, preferred_element_type=dtype
+    ).reshape(batch, num_heads, length, source)
+    logits = logits * jnp.asarray(problem.scale, dtype)
+    modified = problem.logit_soft_cap is not None or problem.score_mod is not None
+    if visible is not None and modified:
+        logits = jnp.where(visible, logits, 0)
+    i, j = (x[:, None] for x in positions(problem))
+    i, j = i[..., :, None], j[..., None, :]
+    tiles = problem.operands
+    if problem.score_mod is not None:
+        offsets = {n: o for n, o in problem.score_mod.flat_operands().items() if o.kind == "offset"}
+        tiles = {n: _offsets(x, offsets[n].offset_center(), i, j) if n in offsets else x for n, x in tiles.items()}
+    b, h, _, _ = np.ogrid[:batch, :num_heads, :1, :1]
+    return modify_logits(problem, logits, tiles, problem.bias, b, h, i, j), visible
+
+
+def _offsets(table, center, i, j):
+    """An offset table `[B|1, N|1, R]` read at the positions, `[B|1, N|1, T, S]`."""
+    if i.shape[0] == j.shape[0] == 1:
+        return offset_tile(table, center, i[0, 0], j[0, 0])
+    rows = jnp.broadcast_to(table, (max(i.shape[0], j.shape[0]), *table.shape[1:]))
+    return jax.vmap(lambda t, q, k: offset_tile(t, center, q[0], k[0]), (0, 0 if len(i) > 1 else None, 0 if len(j) > 1 else None))(
+        rows, i if len(i) > 1 else i[0], j if len(j) > 1 else j[0]
+    )
+
+
+def _normalize(problem: Problem, logits, visible, return_residual):
+    shown = np.ones((1,) * 4, bool) if visible is None else visible
+    count = None
+    if problem.normalizer.needs_count:
+        count = jnp.broadcast_to(shown, (*shown.shape[:3], logits.shape[3])).sum(-1, keepdims=True)
+    weights = problem.normalizer.weights(logits, shown, count)
+    if not return_residual:
+        return weights, None
+    masked = jnp.where(shown, logits, -jnp.inf)
+    alive = masked.max(-1) > -jnp.inf
+    lse = jax.nn.logsumexp(jnp.where(alive[..., None], masked, 0), -1)
+    return weights, jnp.where(alive, lse, -jnp.inf)
+
+
+def _mix(problem: Problem, weights, value):
+    batch, length, source, num_heads, kv_heads = problem.sizes
+    grouped = weights.reshape(batch, kv_heads, num_heads // kv_heads, length, source).astype(value.dtype)
+    out = jnp.einsum(
+        "bkgts,bskd->btkgd", grouped, value, precision=problem.precision, preferred_element_type=problem.compute_dtype
+    )
+    return out.reshape(batch, length, num_heads, -1)

@@ -1,0 +1,121 @@
+"""Score mods: functions of one logit and its place, with arrays whose indexing is declared.
+
+The declaration is what lets one score mod run in the reference, the blockwise path and kernels, with gradients
+to its arrays: whoever evaluates a tile knows which part of each array the tile reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+KINDS = ("scalar", "head", "query", "key", "pair", "offset")
+_CORE_RANK = {"scalar": 0, "head": 0, "query": 1, "key": 1, "pair": 2, "offset": 1}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Operand:
+    """An array that a score mod reads, with the way it is indexed.
+
+    Shapes, with optional leading axes `[N, ...]` or `[B|1, N|1, ...]`: scalar `[]`; head `[N]` or `[B, N]`; query
+    `[T]`; key `[S]`; pair `[T, S]`; offset `[R]`, read at key position - query position + center and clipped to
+    its ends (center: (R - 1) // 2 unless given). query, key and pair are read by row index, not by position.
+
+    Example:
+      >>> import jattn, numpy as np
+      >>> jattn.Operand(np.zeros(3), "head").kind
+      'head'
+    """
+
+    array: Any
+    kind: str = dataclasses.field(metadata={"static": True})
+    center: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"Operand: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+
+    def broadcastable(self, name: str, batch: int, num_heads: int, query_length: int, key_length: int):
+        """The array as `[B|1, N|1, T|1, S|1]`, or `[B|1, N|1, R]` for offsets.
+
+        Raises:
+          ValueError: the shape does not fit the kind.
+        """
+        array = jnp.asarray(self.array)
+        core = _CORE_RANK[self.kind]
+        ranks = {"head": (1, 2)}.get(self.kind, (core, core + 1, core + 2))
+        sizes = {"query": (query_length,), "key": (key_length,), "pair": (query_length, key_length)}.get(self.kind)
+        shape = array.shape
+        lead = (1,) * (2 + core - len(shape)) + shape[: len(shape) - core]
+        ok = len(shape) in ranks and (sizes is None or shape[len(shape) - core :] == sizes)
+        ok = ok and lead[0] in (1, batch) and lead[1] in (1, num_heads)
+        if not ok:
+            raise ValueError(
+                f"score_mod operand {name!r} of kind {self.kind!r} has shape {shape}, which does not fit batch {batch}, "
+                f"{num_heads} heads, {query_length} queries and {key_length} keys"
+            )
+        tail = {"query": (query_length, 1), "key": (1, key_length), "pair": (query_length, key_length)}
+        return array.reshape(lead + tail.get(self.kind, shape[-1:] if self.kind == "offset" else (1, 1)))
+
+    def offset_center(self) -> int:
+        """The index of offset 0 in an offset table."""
+        return (np.shape(self.array)[-1] - 1) // 2 if self.center is None else self.center
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScoreMod:
+    """A modification of the logits after scale, temperature and soft cap, before bias and mask.
+
+    new_logit = function(logit, b, h, i, j, **tiles)
+
+    `b`, `h` are batch row and query head, `i`, `j` query and key positions; `tiles` holds, by name, the part of each
+    operand that the tile reads, all broadcastable against `logit`. `first >> second` chains. The function must be
+    module-level and elementwise in the logit.
+
+    Example:
+      >>> import jax.numpy as jnp, jattn
+      >>> def add_slope(logit, b, h, i, j, slope):
+      ...     return logit + slope * (j - i)
+      >>> slope = jattn.Operand(jnp.array([0.5, 0.25]), "head")
+      >>> mod = jattn.ScoreMod(add_slope, {"slope": slope})
+      >>> x = jnp.ones((1, 3, 2, 4))
+      >>> jattn.dot_product_attention(x, x, x, is_causal=True, score_mod=mod).shape
+      (1, 3, 2, 4)
+
+    Source: FlexAttention (arXiv:2412.05496).
+    """
+
+    function: Callable[..., Any] | tuple[Callable[..., Any], ...] = dataclasses.field(metadata={"static": True})
+    operands: Mapping[str, Operand] | tuple[Mapping[str, Operand], ...] = dataclasses.field(default_factory=dict)
+
+    def __rshift__(self, other: ScoreMod) -> ScoreMod:
+        return ScoreMod(
+            tuple(f for f, _ in self.steps) + tuple(f for f, _ in other.steps),
+            tuple(o for _, o in self.steps) + tuple(o for _, o in other.steps),
+        )
+
+    @property
+    def steps(self) -> tuple[tuple[Callable[..., Any], Mapping[str, Operand]], ...]:
+        """The chained functions with their operands, first to last."""
+        if isinstance(self.function, tuple):
+            assert isinstance(self.operands, tuple)
+            return tuple(zip(self.function, self.operands, strict=True))
+        assert isinstance(self.operands, Mapping)
+        return ((self.function, self.operands),)
+
+    def flat_operands(self) -> dict[str, Operand]:
+        """All operands of the chain, keyed `step/name`."""
+        return {f"{n}/{name}": op for n, (_, ops) in enumerate(self.steps) for name, op in ops.items()}
+
+    def apply(self, logit, b, h, i, j, tiles: Mapping[str, Any]):
+        """Run the chain on a tile; `tiles` is keyed like `flat_operands`."""
+        for n, (function, operands) in enumerate(self.steps):
+            logit = function(logit, b, h, i, j, **{name: tiles[f"{n}/{name}"] for name in operands})
+        return logit
