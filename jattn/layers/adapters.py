@@ -102,7 +102,7 @@ def as_flax_attention_fn(function: Callable[..., Any], **options: Any) -> Callab
     return attention_fn
 
 
-def _one_batch_axis(x: Shaped[Array, "..."], batch_shape: tuple[int, ...]) -> Shaped[Array, "B N T S"]:
+def _one_batch_axis(x: Shaped[Array, "*shape"], batch_shape: tuple[int, ...]) -> Shaped[Array, "B N T S"]:
     """`[*batch, N, T, S]`, or what broadcasts to it, as `[B|1, N, T, S]` with the batch axes merged."""
     rank = len(batch_shape) + 3
     x = x.reshape((1,) * (rank - x.ndim) + x.shape)

@@ -44,16 +44,16 @@ class LayerOutput(NamedTuple):
 class MultiHeadAttention(nnx.Module):
     """Multi-head attention with any attention function of (query, key, value) form.
 
-    y = concat_n(attention_fn(R(norm(x W_q)), R(norm(c W_k)), c W_v)_n) W_o, c = context or x; query head n reads kv head
-    n // (N / K).
+    y = concat_n(attention_fn(R(norm(x W_q)), R(norm(c W_k)), c W_v)_n) W_o, c = context or x; query head n reads kv
+    head n // (N / K).
 
     Args:
         features: M, width of x and of the output.
         num_heads: N.
         num_kv_heads: K, which divides N; N if not given.
         head_dim: D; features / N if not given.
-        attention_fn: a function `(query, key, value, *, mask, is_causal, ...) -> [B, T, N, Dv]`. What a call asks for and
-            the function has no argument for is refused, never dropped.
+        attention_fn: a function `(query, key, value, *, mask, is_causal, ...) -> [B, T, N, Dv]`. What a call asks for
+            and the function has no argument for is refused, never dropped.
         position: None, or an object with `rotate(q, k, query_positions, key_positions)` (such as `Rope`), with
             `score_mod(num_heads)` and `bias(num_heads, i, j)` (such as `Alibi`), or all of them.
         qk_norm: None or a mode of `QkNorm`.
@@ -176,8 +176,8 @@ class MultiHeadAttention(nnx.Module):
             context: `[B, S, context_features]`.
 
         Returns:
-            query `[B, T, N, D]`, key `[B, S, K, D]`, value `[B, S, K, Dv]`. Keys and values are what a cache stores (keys
-            rotated), so what a mechanism does to them here needs no repetition when decoding.
+            query `[B, T, N, D]`, key `[B, S, K, D]`, value `[B, S, K, Dv]`. Keys and values are what a cache stores
+            (keys rotated), so what a mechanism does to them here needs no repetition when decoding.
         """
         query, key, value = self.query(x), self.key(context), self.value(context)
         if self.qk_norm is not None:
@@ -312,8 +312,8 @@ class MultiHeadAttention(nnx.Module):
         """A relative bias as an array `[B, N, T, S]`, for functions that take a bias and no score mod."""
         if not hasattr(self.position, "bias"):
             raise ValueError(
-                f"position {type(self.position).__name__} has only a score_mod, which {name_of(self.attention_fn)} does "
-                "not take; jattn.dot_product_attention does"
+                f"position {type(self.position).__name__} has only a score_mod, which {name_of(self.attention_fn)} "
+                "does not take; jattn.dot_product_attention does"
             )
         return self.position.bias(self.num_heads, i, j)
 
