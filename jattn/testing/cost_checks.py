@@ -1,0 +1,68 @@
+"""Conformance of the declared cost: what is compiled must grow as the entry says. Nothing is timed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from jattn.mechanisms.entry import Entry, growth
+from jattn.testing.jaxprs import count_work
+from jattn.testing.subject import Call, build
+from jattn.testing.workbench import Failed, NotApplicable, Workbench
+
+LENGTHS = (1024, 4096)
+"""T and 4 T: long enough for the leading term to lead, and for the engines to take their long-sequence paths."""
+
+SLACK = 1.4
+"""Lower-order terms may bend a ratio of growth by this factor; the next declarable growth is a factor 2 away."""
+
+
+def _declared(entry: Entry, what: str) -> float:
+    if entry.cost is None:
+        raise NotApplicable("it declares no cost")
+    short, long = LENGTHS
+    expression = getattr(entry.cost, what)
+    return growth(expression, long) / growth(expression, short)
+
+
+def _calls(bench: Workbench) -> tuple[Call, Call]:
+    short, long = (build(bench.entry, bench.pattern, length, key_length=length) for length in LENGTHS)
+    return short, long
+
+
+def _shapes(call: Call) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), call.arrays)
+
+
+def check_work(bench: Workbench) -> str:
+    """Floating-point work at T and 4 T, counted from the program and not timed, grows as declared."""
+    declared = _declared(bench.entry, "flops")
+    short, long = (count_work(call, call.arrays) for call in _calls(bench))
+    if not short:
+        raise NotApplicable("it computes no floats")
+    ratio = long / short
+    if not declared / SLACK <= ratio <= declared * SLACK:
+        raise Failed(
+            f"work grows {ratio:.2f} times from T = {LENGTHS[0]} to {LENGTHS[1]}, {bench.entry.cost.flops!r} is "
+            f"{declared:.2f} times"
+        )
+    return f"x{ratio:.2f}, declared x{declared:.2f}"
+
+
+def temporary_bytes(call: Call) -> int:
+    """Temporary memory of the compiled forward program, as users compile it."""
+    compiled = jax.jit(call.function).lower(_shapes(call), {}).compile()
+    return int(compiled.memory_analysis().temp_size_in_bytes)
+
+
+def check_memory(bench: Workbench) -> str:
+    """Temporary memory of the compiled forward program grows from T to 4 T by no more than declared."""
+    declared = _declared(bench.entry, "memory")
+    short, long = map(temporary_bytes, _calls(bench))
+    if long > declared * SLACK * max(short, 1):
+        raise Failed(
+            f"temporary memory grows {long / max(short, 1):.2f} times from T = {LENGTHS[0]} ({short} bytes) to "
+            f"{LENGTHS[1]} ({long} bytes), {bench.entry.cost.memory!r} is {declared:.2f} times"
+        )
+    return f"{short} to {long} bytes"
