@@ -130,7 +130,7 @@ def dot_product_attention(
     return (out, lse) if return_residual else out
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3), inline=True)
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def _run(problem: Problem, sinks, implementation: str, return_residual: bool):
     attend = {"reference": reference.attend, "blockwise": blockwise.attend}[implementation]
     out, lse = attend(problem, return_residual or sinks is not None)

@@ -163,6 +163,7 @@ def build_problem(
             name: op.broadcastable(name, batch, num_heads, length, source)
             for name, op in score_mod.flat_operands().items()
         }
+        score_mod = score_mod.without_arrays()
     normalizer = Softmax() if normalizer is None else normalizer
     if not isinstance(normalizer, Normalizer):
         raise TypeError(f"dot_product_attention: normalizer must be a Normalizer, got {type(normalizer).__name__}")
@@ -196,6 +197,8 @@ def build_problem(
         seed=_check_dropout(dropout_rate, dropout_key),
         normalizer=normalizer,
         scale=head_dim**-0.5 if scale is None else float(scale),
+        sizes=(batch, length, source, num_heads, kv_heads),
+        compute_dtype=jnp.promote_types(query.dtype, jnp.float32),
         logit_soft_cap=None if logit_soft_cap is None else float(logit_soft_cap),
         dropout_rate=float(dropout_rate),
         precision=precision,

@@ -45,20 +45,12 @@ class Problem:
     seed: Any
     normalizer: Normalizer = _static()
     scale: float = _static()
+    sizes: tuple[int, int, int, int, int] = _static()
+    compute_dtype: Any = _static()
     logit_soft_cap: float | None = _static(None)
     dropout_rate: float = _static(0.0)
     precision: Any = _static(None)
     block_sizes: tuple[int, int] | None = _static(None)
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """B, T, S, N, K."""
-        return *self.query.shape[:2], self.key.shape[1], self.query.shape[2], self.key.shape[2]
-
-    @property
-    def compute_dtype(self):
-        """float32, or float64 for float64 inputs."""
-        return jnp.promote_types(self.query.dtype, jnp.float32)
 
 
 def modify_logits(problem: Problem, logits, tiles, bias, b, h, i, j):

@@ -114,6 +114,14 @@ class ScoreMod:
         """All operands of the chain, keyed `step/name`."""
         return {f"{n}/{name}": op for n, (_, ops) in enumerate(self.steps) for name, op in ops.items()}
 
+    def without_arrays(self) -> ScoreMod:
+        """The same chain with the kinds of its operands only, for engines that hold the arrays elsewhere."""
+        bare = tuple(
+            {n: Operand(None, op.kind, op.offset_center() if op.kind == "offset" else None) for n, op in operands.items()}
+            for _, operands in self.steps
+        )
+        return ScoreMod(tuple(function for function, _ in self.steps), bare)
+
     def apply(self, logit, b, h, i, j, tiles: Mapping[str, Any]):
         """Run the chain on a tile; `tiles` is keyed like `flat_operands`."""
         for n, (function, operands) in enumerate(self.steps):

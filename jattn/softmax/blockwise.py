@@ -1,1 +1,0 @@
-from jattn.softmax.reference import attend

@@ -1,0 +1,250 @@
+"""One tile of the score matrix: where it lies, what it reads, who sees whom in it, and what it adds to its rows.
+
+Heads come in views of `[nb, nh]` at an offset: one head at a time on a single CPU device, all at once elsewhere.
+Everything here works on `[nb, nh, Bq, Bk]`, so both are one program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jattn.softmax.blockwise.schedule import Schedule
+from jattn.softmax.problem import Problem, drop_pairs, modify_logits, offset_tile
+
+
+class View(NamedTuple):
+    """Heads under work: `rows` x `heads` of them from batch row `b` and query head `h` on; `kv_heads` of their keys."""
+
+    b: Any
+    h: Any
+    rows: int
+    heads: int
+    kv_heads: int
+    group: int
+
+
+class Tile(NamedTuple):
+    """Place of a tile: first row and column, tokens and positions of its slots, visibility (None: all visible)."""
+
+    row: Any
+    column: Any
+    query_token: Any
+    key_token: Any
+    query_position: Any
+    key_position: Any
+    visible: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Slots:
+    """Problem in slot space: tokens `[B|1, N|1, slots]` of permuted queries and keys, None where slots are tokens."""
+
+    query_tokens: Any
+    key_tokens: Any
+
+
+jax.tree_util.register_dataclass(Slots, data_fields=["query_tokens", "key_tokens"], meta_fields=[])
+
+
+def starts32(starts):
+    """Slice starts as int32, whatever mixture of ints and traced integers they are."""
+    return [jnp.asarray(x, jnp.int32) for x in starts]
+
+
+def cut(array, view: View, starts, sizes):
+    """The part `[nb|1, nh|1, ...]` of `[B|1, N|1, ...]` at `starts` with `sizes` on the other axes (1 where they are 1)."""
+    begin = [view.b if array.shape[0] > 1 else 0, view.h if array.shape[1] > 1 else 0]
+    length = [min(array.shape[0], view.rows), min(array.shape[1], view.heads)]
+    for n, (start, size) in enumerate(zip(starts, sizes, strict=True), start=2):
+        begin.append(start if array.shape[n] > 1 else 0)
+        length.append(min(size, array.shape[n]))
+    return jax.lax.dynamic_slice(array, starts32(begin), length)
+
+
+def cut_rows(array, view: View, start, size: int):
+    """The rows `[nb, nh, size, ...]` of `[B, T, N, ...]`."""
+    begin = [view.b, start, view.h] + [0] * (array.ndim - 3)
+    part = jax.lax.dynamic_slice(array, starts32(begin), [view.rows, size, view.heads, *array.shape[3:]])
+    return jnp.swapaxes(part, 1, 2)
+
+
+def put_rows(array, view: View, tile: Tile, update, owned_from):
+    """Write rows `[nb, nh, size, ...]` into `[B, T, N, ...]`, except those above `owned_from`, the neighbor's."""
+    begin = [view.b, tile.row, view.h] + [0] * (array.ndim - 3)
+    update = jnp.swapaxes(update, 1, 2).astype(array.dtype)
+    old = jax.lax.dynamic_slice(array, starts32(begin), update.shape)
+    if owned_from is not None:
+        owned = tile.row + jnp.arange(update.shape[1]) >= owned_from
+        update = jnp.where(owned.reshape(1, -1, *[1] * (update.ndim - 2)), update, old)
+    return jax.lax.dynamic_update_slice(array, update, starts32(begin))
+
+
+def tile_start(tile, block: int, size: int):
+    """First slot of a tile: the last one of a ragged axis is moved back, so that no axis needs padding."""
+    return jnp.minimum(tile * block, size - block)
+
+
+def make_tile(problem: Problem, slots: Slots, schedule: Schedule, view: View, i, j, partial: bool) -> Tile:
+    """The tile of query tile `i` and key tile `j`."""
+    length, source = _slot_counts(problem, slots)
+    blocks = (schedule.query_block, schedule.key_block)
+    row, column = tile_start(i, blocks[0], length), tile_start(j, blocks[1], source)
+    rows = (row + jnp.arange(blocks[0], dtype=jnp.int32))[None, None, :, None]
+    columns = (column + jnp.arange(blocks[1], dtype=jnp.int32))[None, None, None, :]
+    query_token, query_position = _tokens(slots.query_tokens, problem.query_positions, view, rows, row, blocks[0], 2)
+    key_token, key_position = _tokens(slots.key_tokens, problem.key_positions, view, columns, column, blocks[1], 3)
+    tile = Tile(row, column, query_token, key_token, query_position, key_position, None)
+    if not partial:
+        return tile
+    return tile._replace(visible=_visible(problem, slots, schedule, view, tile, i, j, rows, columns))
+
+
+def _slot_counts(problem: Problem, slots: Slots) -> tuple[int, int]:
+    _, length, source, _, _ = problem.sizes
+    length = length if slots.query_tokens is None else slots.query_tokens.shape[2]
+    return length, source if slots.key_tokens is None else slots.key_tokens.shape[2]
+
+
+def _tokens(tokens, given, view: View, slot, start, block: int, axis: int):
+    """Token and position of every slot, `[nb|1, nh|1, Bq, 1]` or `[nb|1, nh|1, 1, Bk]`."""
+    expand = (lambda x: x[..., :, None]) if axis == 2 else (lambda x: x[..., None, :])
+    token = slot if tokens is None else expand(cut(tokens, view, (start,), (block,)))
+    if given is None:
+        return token, token
+    if tokens is None:
+        return token, expand(cut(given[:, None], view, (start,), (block,)))
+    b = 0 if given.shape[0] == 1 else view.b + jnp.arange(view.rows).reshape(-1, 1, 1, 1)
+    return token, given[b, jnp.maximum(token, 0)]
+
+
+def _visible(problem: Problem, slots: Slots, schedule: Schedule, view: View, tile: Tile, i, j, rows, columns):
+    sizes = _slot_counts(problem, slots)
+    blocks = (schedule.query_block, schedule.key_block)
+    heads = (view.b + jnp.arange(view.rows).reshape(-1, 1, 1, 1), view.h + jnp.arange(view.heads).reshape(1, -1, 1, 1))
+    terms = []
+    if sizes[0] % blocks[0]:
+        terms.append(rows >= i * blocks[0])
+    if sizes[1] % blocks[1]:
+        terms.append(columns >= j * blocks[1])
+    if slots.query_tokens is not None:
+        terms.append(tile.query_token >= 0)
+    if slots.key_tokens is not None:
+        terms.append(tile.key_token >= 0)
+    if problem.mask is not None:
+        # A mask that holds no arrays looks at positions only, the same for all heads.
+        static = not jax.tree.leaves(problem.mask) and type(problem.mask).__name__ != "_MaskMod"
+        place = (jnp.zeros((1,) * 4, jnp.int32),) * 2 if static else heads
+        terms.append(problem.mask(*place, tile.query_position, tile.key_position))
+    if problem.query_segments is not None:
+        query_ids = read(problem.query_segments[:, None, :, None], view, tile, slots, blocks)
+        key_ids = read(problem.key_segments[:, None, None, :], view, tile, slots, blocks)
+        terms.append((query_ids == key_ids) & (query_ids >= 0))
+    terms += [read(array, view, tile, slots, blocks) for array in problem.mask_arrays]
+    if problem.layout is not None:
+        terms.append(_in_layout(problem, view, tile, heads, i, j, rows, columns))
+    visible = jnp.ones((1, 1, *blocks), bool)
+    for term in terms:
+        visible = visible & term
+    return visible
+
+
+def _in_layout(problem: Problem, view: View, tile: Tile, heads, i, j, rows, columns):
+    """What the layout says: the tile is live for the head, and full or allowed by the predicate."""
+
+    def bit(tile_map):
+        entry = heads[1] // (problem.sizes[3] // tile_map.shape[1])
+        return tile_map[heads[0] if tile_map.shape[0] > 1 else 0, entry, i, j]
+
+    allowed = bit(problem.layout.live_map())
+    predicate = problem.layout.predicate
+    if predicate is None:
+        return allowed
+    position = (jnp.maximum(tile.query_position, 0), jnp.maximum(tile.key_position, 0))
+    return allowed & (bit(problem.layout.full_map()) | predicate.at(*heads, *position, rows, columns))
+
+
+def read(array, view: View, tile: Tile, slots: Slots, blocks):
+    """The part of `[B|1, N|1, T|1, S|1]` that a tile reads, by slice or, where slots are permuted, by token."""
+    if slots.query_tokens is None and slots.key_tokens is None:
+        return cut(array, view, (tile.row, tile.column), blocks)
+    return array[token_index(array, view, tile)]
+
+
+def token_index(array, view: View, tile: Tile):
+    """Index arrays of a tile in `[B|1, N|1, T|1, S|1]`; empty slots read token 0."""
+    index = (
+        view.b + jnp.arange(view.rows).reshape(-1, 1, 1, 1),
+        view.h + jnp.arange(view.heads).reshape(1, -1, 1, 1),
+        jnp.maximum(tile.query_token, 0),
+        jnp.maximum(tile.key_token, 0),
+    )
+    return tuple(x if n > 1 else jnp.zeros((1,) * 4, jnp.int32) for x, n in zip(index, array.shape, strict=True))
+
+
+def tile_logits(problem: Problem, view: View, tile: Tile, values: dict[str, Any]):
+    """Modified logits `[nb, nh, Bq, Bk]`, not masked, with unseen keys and unseeing queries replaced by zeros.
+
+    Returns:
+      logits; the values `[nb, nk, Bk, Dv]`, zero where nobody in the tile sees them; the rows that see something.
+    """
+    query, key, value = values["query"], values["key"], values["value"]
+    seeing = None
+    if tile.visible is not None:
+        seeing = tile.visible.any(-1, keepdims=True)
+        seen = tile.visible.any(-2)[..., None]
+        if seen.shape[1] > 1:
+            seen = seen.reshape(seen.shape[0], view.kv_heads, view.group, -1, 1).any(2)
+        # 0 * NaN is NaN: what nobody may see must be gone before any product, in the backward pass too.
+        query, key, value = jnp.where(seeing, query, 0), jnp.where(seen, key, 0), jnp.where(seen, value, 0)
+    grouped = (query * problem.scale).reshape(view.rows, view.kv_heads, view.group, *query.shape[2:])
+    logits = jnp.einsum("bkgtd,bksd->bkgts", grouped, key, precision=problem.precision)
+    logits = logits.reshape(view.rows, view.heads, *logits.shape[3:])
+    if tile.visible is not None and (problem.score_mod is not None or problem.logit_soft_cap is not None):
+        logits = jnp.where(tile.visible, logits, 0)
+    place = (tile.query_position, tile.key_position)
+    operands = values.get("operands", {})
+    if problem.score_mod is not None:
+        centers = {n: o.offset_center() for n, o in problem.score_mod.flat_operands().items() if o.kind == "offset"}
+        operands = {n: _offsets(x, centers[n], *place) if n in centers else x for n, x in operands.items()}
+    heads = (view.b + jnp.arange(view.rows).reshape(-1, 1, 1, 1), view.h + jnp.arange(view.heads).reshape(1, -1, 1, 1))
+    return modify_logits(problem, logits, operands, values.get("bias"), *heads, *place), value, seeing
+
+
+def _offsets(table, center: int, i, j):
+    shared = i.shape[:2] == j.shape[:2] == (1, 1)
+    if shared:
+        return offset_tile(table, center, i[0, 0], j[0, 0])
+    index = jnp.clip(j - i + center, 0, table.shape[-1] - 1)
+    shape = jnp.broadcast_shapes(table.shape[:2], index.shape[:2])
+    flat = jnp.broadcast_to(index, (*shape, *index.shape[2:])).reshape(*shape, -1)
+    found = jnp.take_along_axis(jnp.broadcast_to(table, (*shape, table.shape[-1])), flat, axis=-1)
+    return found.reshape(*shape, *index.shape[2:])
+
+
+def mix(problem: Problem, view: View, tile: Tile, raw, value):
+    """Dropped-out weights `[nb, nh, Bq, Bk]` times values, `[nb, nh, Bq, Dv]`."""
+    heads = (view.b + jnp.arange(view.rows).reshape(-1, 1, 1, 1), view.h + jnp.arange(view.heads).reshape(1, -1, 1, 1))
+    raw = drop_pairs(problem, raw, *heads, tile.query_token, tile.key_token)
+    grouped = raw.reshape(view.rows, view.kv_heads, view.group, *raw.shape[2:])
+    out = jnp.einsum("bkgts,bksd->bkgtd", grouped, value, precision=problem.precision)
+    return out.reshape(view.rows, view.heads, *out.shape[3:])
+
+
+# phi(logits, visible, rows) -> unnormalized weights `[nb, nh, Bq, Bk]`, 0 where not visible.
+Phi = Callable[[Any, Any, dict[str, Any]], Any]
+
+
+def tile_terms(problem: Problem, view: View, tile: Tile, phi: Phi, values: dict[str, Any]):
+    """What a tile adds to its rows: sum_j phi_ij v_j `[nb, nh, Bq, Dv]` and sum_j phi_ij `[nb, nh, Bq]`."""
+    logits, value, seeing = tile_logits(problem, view, tile, values)
+    raw = phi(logits, tile.visible, values.get("rows", {}))
+    weighted, total = mix(problem, view, tile, raw, value), raw.sum(-1)
+    if seeing is not None:
+        # Also a cotangent that is NaN in a row that sees nothing stops here.
+        weighted, total = jnp.where(seeing, weighted, 0), jnp.where(seeing[..., 0], total, 0)
+    return weighted, total
