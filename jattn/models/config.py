@@ -1,0 +1,96 @@
+"""What a transformer of this library is made of, apart from its attention."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from jattn.layers.norms import NORMS
+from jattn.layers.rope_scaling import RopeScaling
+
+POSITIONS = ("rope", "alibi", "t5", "learned", "sinusoidal", "none")
+MLPS = ("gelu", "relu", "swiglu", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes and options of a pre-norm transformer.
+
+    Args:
+        vocab_size: V; unused by a vision transformer.
+        features: M, width of the residual stream.
+        num_layers: L.
+        num_heads: N.
+        num_kv_heads: K, which divides N; N if not given.
+        head_dim: D; M / N if not given.
+        mlp: `"gelu"`, `"relu"`, `"swiglu"`, or `"none"` for blocks of attention alone.
+        mlp_ratio: hidden width of the MLP over M; 0 for blocks of attention alone, like `mlp="none"`.
+        max_length: the longest sequence; the size of a learned position table.
+        position: `"rope"`, `"alibi"`, `"t5"`, `"learned"`, `"sinusoidal"` or `"none"`.
+        rope_base: of rotary frequencies.
+        rope_layout: `"half"` or `"interleaved"`.
+        rope_scaling: a rule of `jattn.layers.rope_scaling`.
+        norm: `"rmsnorm"` or `"layernorm"`.
+        norm_epsilon: inside the root.
+        dropout: of embeddings and of what attention and MLP add to the stream.
+        tie_embeddings: logits by the embedding table.
+        use_bias: whether projections have biases.
+        dtype: of the computation; that of the parameters if not given.
+        param_dtype: of the parameters.
+
+    Raises:
+        ValueError: a size or a word that does not fit.
+
+    Example:
+        >>> TransformerConfig(vocab_size=100, features=32, num_layers=2, num_heads=4).kv_heads
+        4
+    """
+
+    vocab_size: int = 256
+    features: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp: str = "gelu"
+    mlp_ratio: float | int = 4.0
+    max_length: int = 1024
+    position: str = "rope"
+    rope_base: float | int = 10000.0
+    rope_layout: str = "half"
+    rope_scaling: RopeScaling | None = None
+    norm: str = "rmsnorm"
+    norm_epsilon: float | int = 1e-6
+    dropout: float | int = 0.0
+    tie_embeddings: bool = True
+    use_bias: bool = False
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "features", "num_layers", "num_heads", "max_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads = {self.num_heads}, got {self.num_kv_heads}")
+        if self.head_dim is None and self.features % self.num_heads:
+            raise ValueError(f"num_heads must divide features = {self.features} unless head_dim is given")
+        for name, words in (("position", POSITIONS), ("mlp", MLPS), ("norm", NORMS)):
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
+        if self.mlp_ratio < 0:
+            raise ValueError(f"mlp_ratio must not be negative, got {self.mlp_ratio}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def kv_heads(self) -> int:
+        """K."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def has_mlp(self) -> bool:
+        """Whether blocks have an MLP."""
+        return self.mlp != "none" and self.mlp_ratio > 0
