@@ -22,6 +22,7 @@ from absl import app, flags
 from experiments import records
 from experiments.training import ModelOptions, Trainer, TrainOptions
 from jattn import tasks
+from jattn.models.config import POSITIONS
 
 OWNED = ("config.json", "metrics.jsonl", "loss.png", "summary.json", "checkpoints")
 
@@ -229,7 +230,9 @@ def define_flags(values: flags.FlagValues) -> None:
     whole("heads", model.num_heads, "query heads; divides the width")
     whole("kv_heads", None, "key-value heads; as many as query heads if not given")
     real("mlp_ratio", model.mlp_ratio, "feed-forward width over width; 0 for no feed-forward part")
-    text("position", model.position, "how positions enter: learned, rope, alibi, t5 or none")
+    text("position", model.position, f"how positions enter: {', '.join(POSITIONS)}")
+    text("pooling", model.pooling, "how classification pools its patches: mean, class or a catalogued pooling")
+    real("dropout", model.dropout, "dropout of embeddings and residual branches")
     whole("steps", budget.steps, "optimizer steps")
     whole("batch_size", budget.batch_size, "examples a step")
     real("learning_rate", budget.learning_rate, "peak learning rate")
@@ -263,6 +266,8 @@ def config_from_flags(values: flags.FlagValues) -> Config:
             num_kv_heads=values.kv_heads,
             mlp_ratio=values.mlp_ratio,
             position=values.position,
+            dropout=values.dropout,
+            pooling=values.pooling,
         ),
         train=TrainOptions(
             steps=values.steps,

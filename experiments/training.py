@@ -44,7 +44,10 @@ class ModelOptions:
         num_heads: query heads.
         num_kv_heads: key-value heads; None for as many as query heads.
         mlp_ratio: hidden width of the feed-forward part over `width`; 0 for none.
-        position: how positions enter: `"rope"`, `"learned"`, `"alibi"`, `"t5"` or `"none"`.
+        position: how positions enter, one of `jattn.models.config.POSITIONS`. Learned absolute positions are the
+            default, because they stand outside the attention and so treat all mechanisms alike.
+        dropout: of embeddings and of what attention and feed-forward parts add to the stream.
+        pooling: how a model that classifies pools its patches: `"mean"`, `"class"` or the name of a catalogued pooling.
     """
 
     attention: str = "softmax_attention"
@@ -55,6 +58,8 @@ class ModelOptions:
     num_kv_heads: int | None = None
     mlp_ratio: float = 4.0
     position: str = "learned"
+    dropout: float = 0.0
+    pooling: str = "mean"
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "num_heads"):
@@ -123,7 +128,33 @@ def build_model(task: tasks.Task, options: ModelOptions, *, rngs: nnx.Rngs) -> n
     Raises:
         ValueError: an unknown mechanism, or one that lacks the attention pattern the model needs.
     """
-    raise NotImplementedError
+    from jattn import models
+
+    config = models.TransformerConfig(
+        vocab_size=task.vocab_size if task.kind == "lm" else 1,
+        features=options.width,
+        num_layers=options.depth,
+        num_heads=options.num_heads,
+        num_kv_heads=options.num_kv_heads,
+        mlp="gelu" if options.mlp_ratio else "none",
+        mlp_ratio=options.mlp_ratio,
+        max_length=task.length,
+        position=options.position,
+        dropout=options.dropout,
+    )
+    mechanism = {"attention": options.attention, "attention_options": options.attention_options}
+    if task.kind == "lm":
+        return models.DecoderLM(config, **mechanism, rngs=rngs)
+    return models.ViT(
+        config,
+        image_size=task.image_size,
+        patch_size=task.patch_size,
+        num_channels=task.num_channels,
+        num_classes=task.num_classes,
+        pooling=options.pooling,
+        **mechanism,
+        rngs=rngs,
+    )
 
 
 def learning_rate_schedule(options: TrainOptions):
@@ -173,13 +204,8 @@ def stacked_batch(seeded: Sequence[tasks.Task], split: str, step: int, size: int
 
 
 def auxiliary_loss(aux: Any) -> jax.Array:
-    """The sum of all entries of a model's `aux` whose name ends with "loss": what mechanisms add to the objective."""
-    total = jnp.zeros((), jnp.float32)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(aux)[0]:
-        names = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-        if any(name.endswith("loss") for name in names):
-            total += jnp.sum(leaf).astype(jnp.float32)
-    return total
+    """What mechanisms add to the objective, such as a balance loss: the sum of `aux["losses"]` of a model's output."""
+    return sum((jnp.sum(loss).astype(jnp.float32) for loss in aux.get("losses", {}).values()), jnp.zeros(()))
 
 
 class Trainer:

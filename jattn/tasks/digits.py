@@ -22,35 +22,6 @@ SPLIT_SEED = 0
 """Chooses which image goes into which split; fixed, so that a figure always means the same images."""
 
 
-def patchify(images: np.ndarray, patch_size: int) -> np.ndarray:
-    """Cut images into a row of flattened patches, row by row.
-
-    Args:
-        images: `[B, H, W, C]`.
-        patch_size: side p of a patch, which divides H and W.
-
-    Returns:
-        `[B, H/p * W/p, p * p * C]`.
-
-    Raises:
-        ValueError: images of another rank, or a patch size that does not divide them.
-
-    Example:
-        >>> patchify(np.arange(16).reshape(1, 4, 4, 1), 2)[0, 1].tolist()
-        [2, 3, 6, 7]
-    """
-    images = np.asarray(images)
-    if images.ndim != 4:
-        raise ValueError(f"images must be [B, H, W, C], got {images.shape}")
-    batch, height, width, channels = images.shape
-    base.require_integer("patch_size", patch_size, 1)
-    if height % patch_size or width % patch_size:
-        raise ValueError(f"patch_size must divide the image of {height} x {width}, got {patch_size}")
-    rows, columns = height // patch_size, width // patch_size
-    cut = images.reshape(batch, rows, patch_size, columns, patch_size, channels)
-    return cut.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, patch_size * patch_size * channels)
-
-
 @functools.lru_cache(maxsize=1)
 def _splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     from sklearn.datasets import load_digits
@@ -79,8 +50,7 @@ def _splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 class Digits(base.Task):
     """Name the digit on an image of 8 x 8 pixels.
 
-    Inputs are images `[B, 8, 8, 1]` in [0, 1], which a model cuts into patches (`patchify` does so in NumPy); targets
-    `[B]`.
+    Inputs are images `[B, 8, 8, 1]` in [0, 1], which the model cuts into patches; targets `[B]`.
 
     Args:
         patch_size: side of a patch, a divisor of 8; the sequence has `(8 / patch_size) ** 2` patches.

@@ -86,7 +86,8 @@ def test_a_finished_run_started_again_only_reports(finished):
 
 def test_a_folder_of_another_run_is_refused_or_cleared(tmp_path):
     other = dataclasses.replace(CONFIG, train=TrainOptions(steps=2, batch_size=2))
-    train.run(other, tmp_path, HABITS)
+    train.prepare(other, tmp_path)
+    records.Checkpoints(tmp_path / "checkpoints").close()
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds another run"):
         train.prepare(CONFIG, tmp_path)

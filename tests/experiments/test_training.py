@@ -37,7 +37,7 @@ class StandIn(nnx.Module):
         if not deterministic:
             self.calls[...] += 1.0
         hidden = self.dropout(self.embed(inputs), deterministic=deterministic, rngs=rngs)
-        return Output(self.head(hidden), None, {"layer": {"balance_loss": 0.5, "share": 7.0}})
+        return Output(self.head(hidden), None, {"losses": {"balance_loss": 0.5}, "statistics": {"share": [7.0]}})
 
 
 @pytest.fixture
