@@ -16,6 +16,9 @@ from jattn.softmax.problem import Problem, modify_logits
 
 __all__ = ["gather_attention"]
 
+# Gathered numbers that a chunk may always hold; small calls run in one piece.
+LEAST_BUDGET = 1 << 20
+
 
 def _fail(name: str, got: Any, expected: str) -> ValueError:
     return ValueError(f"gather_attention: {name} has {got}; expected {expected}")
@@ -135,7 +138,7 @@ def _attend_chunk(problem: Problem, key: jax.Array, value: jax.Array, whole: dic
 
 
 def _lay_out(problem: Problem, index: jax.Array, valid: jax.Array, key_log_weight: Any, query_block: int) -> tuple:
-    """What the chunks share, what each chunk has of its own (groups in front), and the number of groups a chunk."""
+    """What the chunks share, and what each chunk has of its own (groups in front)."""
     batch, length, source, num_heads, kv_heads = problem.sizes
     groups, entries = index.shape[2:]
     offsets = {}
@@ -148,7 +151,6 @@ def _lay_out(problem: Problem, index: jax.Array, valid: jax.Array, key_log_weigh
         tables["key_log_weight"] = key_log_weight
     whole: dict[str, Any] = {"pairs": {}, "offsets": {}}
     parts: dict[str, Any] = {"pairs": {}}
-    axes = {"pairs": {}}
     for name, table in tables.items():
         table = _split_heads(table, kv_heads)
         if name in offsets:
@@ -157,7 +159,6 @@ def _lay_out(problem: Problem, index: jax.Array, valid: jax.Array, key_log_weigh
             whole["pairs"][name] = table[:, :, :, :, None]
         else:
             parts["pairs"][name] = _rows(table, 3, groups, query_block)
-            axes["pairs"][name] = 3
     i = jnp.arange(length)[None] if problem.query_positions is None else problem.query_positions
     j = jnp.arange(source)[None] if problem.key_positions is None else problem.key_positions
     whole["j"] = j[:, None, None, None, None]
@@ -171,7 +172,7 @@ def _lay_out(problem: Problem, index: jax.Array, valid: jax.Array, key_log_weigh
     # The gathered rows of a chunk take as much memory as key and value do: then adding up their gradients over the
     # chunks costs no more than computing them, and memory stays linear in T and S.
     share = batch * kv_heads * parts["index"].shape[2] * entries * (problem.query.shape[-1] + problem.value.shape[-1])
-    budget = max(problem.key.size + problem.value.size, 1 << 20)
+    budget = max(problem.key.size + problem.value.size, LEAST_BUDGET)
     size = int(np.clip(budget // share, 1, groups))
     chunks = -(-groups // size)
     size = -(-groups // chunks)

@@ -44,8 +44,8 @@ def renumber_segments(segment_ids: Any) -> Any:
 
     new[t] = number of runs that start at or before t, minus 1;  negative ids (padding) are kept
 
-    A run ends where two consecutive non-padding ids differ. On renumbered ids the softmax engine, which compares ids, and
-    the recurrence engine, which splits rows into runs, see the same segments.
+    A run ends where two consecutive non-padding ids differ. On renumbered ids the softmax engine, which compares ids,
+    and the recurrence engine, which splits rows into runs, see the same segments.
 
     Args:
       segment_ids: Integers [..., T]; negative = padding.
