@@ -96,8 +96,8 @@ def resolve(name: str, pattern: str | None = None, /, **options: Any) -> Callabl
     for option in options:
         if option not in valid:
             near = difflib.get_close_matches(option, valid, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{name} has no option {option!r}{hint} Valid options: {', '.join(sorted(valid))}")
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{name} has no option {option!r}.{hint} Valid options: {', '.join(sorted(valid))}")
     if entry.layer is not None:
         return functools.partial(entry.layer, **options)
     own = keywords(entry.target) - _FROM_CALL - _FROM_MODEL
