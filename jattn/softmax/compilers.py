@@ -135,6 +135,7 @@ def tile_bits(
     if not is_concrete(mask):
         raise ValueError("tile_bits needs a static mask; it holds traced arrays")
     mask = jax.tree.map(np.asarray, _mask_value(mask))
+    assert isinstance(mask, Mask)
     if num_heads is not None and num_heads % H:
         raise ValueError(f"H = {H} must divide num_heads = {num_heads}")
     group = 1 if num_heads is None else num_heads // H

@@ -141,7 +141,7 @@ def _lay_out(problem: Problem, index: jax.Array, valid: jax.Array, key_log_weigh
     """What the chunks share, and what each chunk has of its own (groups in front)."""
     batch, length, source, num_heads, kv_heads = problem.sizes
     groups, entries = index.shape[2:]
-    offsets = {}
+    offsets: set[str] = set()
     if problem.score_mod is not None:
         offsets = {n for n, o in problem.score_mod.flat_operands().items() if o.kind == "offset"}
     tables = dict(problem.operands)

@@ -254,7 +254,7 @@ class _Dense(Mask):
 
     def __call__(self, b, h, i, j):
         index = (b, h, i, j)
-        return self.array[tuple(x if n > 1 else 0 for x, n in zip(index, self.array.shape, strict=True))]
+        return self.array[tuple(x if n != 1 else 0 for x, n in zip(index, self.array.shape, strict=True))]
 
 
 @_register
@@ -263,8 +263,8 @@ class _Segments(Mask):
     key_ids: Any
 
     def __call__(self, b, h, i, j):
-        q = self.query_ids[b if self.query_ids.shape[0] > 1 else 0, i]
-        k = self.key_ids[b if self.key_ids.shape[0] > 1 else 0, j]
+        q = self.query_ids[b if self.query_ids.shape[0] != 1 else 0, i]
+        k = self.key_ids[b if self.key_ids.shape[0] != 1 else 0, j]
         return (q == k) & (q >= 0)
 
 

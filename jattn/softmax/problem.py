@@ -99,7 +99,7 @@ def dense_visibility(problem: Problem):
         static = not jax.tree.leaves(problem.mask)
         b, h = (np.zeros((1,) * 4, np.int32),) * 2
         if not static:
-            b, h = np.arange(batch)[:, None, None, None], np.arange(num_heads)[None, :, None, None]
+            b, h = jnp.arange(batch)[:, None, None, None], np.arange(num_heads)[None, :, None, None]
         terms.append(problem.mask(b, h, i, j))
     if problem.layout is not None:
         terms.append(

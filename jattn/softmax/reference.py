@@ -15,9 +15,9 @@ def attend(problem: Problem, return_residual: bool):
     query, key, value = _without_unseen(problem, visible)
     logits, visible = _masked_logits(problem, query, key, visible)
     weights, lse = _normalize(problem, logits, visible, return_residual)
-    batch, length, source, num_heads, _ = problem.sizes
-    index = np.ogrid[:batch, :num_heads, :length, :source]
-    weights = drop_pairs(problem, weights, *index)
+    _, length, source, _, _ = problem.sizes
+    rows, columns = np.arange(length)[:, None], np.arange(source)
+    weights = drop_pairs(problem, weights, *_heads(problem), rows, columns)
     return _mix(problem, weights, value), None if lse is None else jnp.swapaxes(lse, 1, 2)
 
 
@@ -29,7 +29,7 @@ def _without_unseen(problem: Problem, visible):
     batch, length, source, num_heads, kv_heads = problem.sizes
     xp = np if isinstance(visible, np.ndarray) else jnp
     seen_key = xp.broadcast_to(visible.any(2), (*visible.shape[:2], source))
-    if seen_key.shape[1] > 1:
+    if seen_key.shape[1] != 1:
         seen_key = seen_key.reshape(-1, kv_heads, num_heads // kv_heads, source).any(2)
     seeing_query = xp.broadcast_to(visible.any(3), (*visible.shape[:2], length))
     if xp is jnp or not seen_key.all():
@@ -57,8 +57,13 @@ def _masked_logits(problem: Problem, query, key, visible):
     if problem.score_mod is not None:
         offsets = {n: o for n, o in problem.score_mod.flat_operands().items() if o.kind == "offset"}
         tiles = {n: _offsets(x, offsets[n].offset_center(), i, j) if n in offsets else x for n, x in tiles.items()}
-    b, h, _, _ = np.ogrid[:batch, :num_heads, :1, :1]
-    return modify_logits(problem, logits, tiles, problem.bias, b, h, i, j), visible
+    return modify_logits(problem, logits, tiles, problem.bias, *_heads(problem), i, j), visible
+
+
+def _heads(problem: Problem):
+    """Batch rows and query heads, `[B, 1, 1, 1]` and `[1, N, 1, 1]`."""
+    batch, _, _, num_heads, _ = problem.sizes
+    return jnp.arange(batch).reshape(-1, 1, 1, 1), np.arange(num_heads).reshape(1, -1, 1, 1)
 
 
 def _offsets(table, center, i, j):

@@ -80,7 +80,7 @@ def _plain_sums(setting: Setting, sources, moving):
     local, local_moving = loops.localize(problem, view, sources), loops.localize(problem, view, moving)
     query, value = sources["query"], sources["value"]
     dtype = problem.compute_dtype
-    zeros = (jnp.zeros((*query.shape[:3], value.shape[3]), dtype), jnp.zeros(query.shape[:3], dtype))
+    zeros = (loops.rows_like(query, 0, dtype, value.shape[3]), loops.rows_like(query, 0, dtype))
     zeros = loops.varying_like(zeros, sources, moving, setting)
 
     @jax.checkpoint
@@ -89,8 +89,8 @@ def _plain_sums(setting: Setting, sources, moving):
         return loops.tile_sums(problem, slots, schedule, view, tile, setting.phi, local, local_moving)
 
     def query_tile(carry, i):
-        size = (batch, num_heads, schedule.query_block)
-        state = (jnp.zeros((*size, value.shape[3]), dtype), jnp.zeros(size, dtype))
+        rows = loops.query_rows(problem, slots, schedule, view, query, i)
+        state = (loops.rows_like(rows, 0, dtype, value.shape[3]), loops.rows_like(rows, 0, dtype))
         state = loops.varying_like(state, carry)
 
         def key_tile(state, j):

@@ -41,6 +41,7 @@ def linear_map(programs: Programs, residuals: Any, linear: Any, like: Any) -> An
 
     def flat(program, in_tree, out_tree):
         def run(residual_leaves, leaves):
+            residual_leaves = [jnp.asarray(x) for x in residual_leaves]
             result = program(jax.tree.unflatten(residual_tree, residual_leaves), jax.tree.unflatten(in_tree, leaves))
             assert jax.tree.structure(result) == out_tree
             return jax.tree.leaves(result)
@@ -63,8 +64,7 @@ def linear_map(programs: Programs, residuals: Any, linear: Any, like: Any) -> An
 
 
 def _run(*args, programs: Programs, num_residuals: int, out_types):
-    args = [jnp.asarray(x) for x in args]
-    return programs.forward(args[:num_residuals], args[num_residuals:])
+    return programs.forward(list(args[:num_residuals]), list(args[num_residuals:]))
 
 
 def _jvp(primals, tangents, *, programs: Programs, num_residuals: int, out_types):

@@ -22,13 +22,22 @@ def one_head_at_a_time() -> bool:
 
 def varying_like(tree: Any, *sources: Any) -> Any:
     """Mark the arrays of `tree` as varying over every mesh axis that `sources` vary over (shard_map's check_vma)."""
-    axes: frozenset[Any] = frozenset().union(*(getattr(jax.typeof(x), "vma", frozenset()) for x in jax.tree.leaves(sources)))
+    zeros = [jnp.zeros_like(x, shape=(), dtype=jnp.int32) for x in jax.tree.leaves((tree, sources))]
+    joined = sum(zeros)
 
     def mark(x):
-        missing = tuple(axes - getattr(jax.typeof(x), "vma", frozenset()))
-        return jax.lax.pcast(x, missing, to="varying") if missing else x
+        if jax.typeof(jnp.zeros_like(x, shape=(), dtype=jnp.int32)) == jax.typeof(joined):
+            return x
+        return x | (joined != 0) if x.dtype == bool else x + joined.astype(x.dtype)
 
-    return jax.tree.map(mark, tree) if axes else tree
+    return jax.tree.map(lambda x: mark(jnp.asarray(x)), tree)
+
+
+def rows_like(array, fill, dtype, width: int | None = None):
+    """`fill` for every row of `[..., D]`: `[...]`, or `[..., width]`, sharded and varying as the array is."""
+    if width is None:
+        return jnp.full_like(array[..., 0], fill, dtype)
+    return jnp.broadcast_to(jnp.full_like(array[..., :1], fill, dtype), (*array.shape[:-1], width))
 
 
 def over_heads(problem: Problem, schedule: Schedule, carry, body):
@@ -41,7 +50,7 @@ def over_heads(problem: Problem, schedule: Schedule, carry, body):
 
     def step(n, carry):
         b, h = n // num_heads, n % num_heads
-        own = [x[b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0] for x in lists]
+        own = [x[b if x.shape[0] != 1 else 0, h if x.shape[1] != 1 else 0] for x in lists]
         return body(View(b, h, 1, 1, 1, 1), own, carry)
 
     return jax.lax.fori_loop(0, batch * num_heads, step, carry)
@@ -109,15 +118,15 @@ def owned_from(problem: Problem, slots: Slots, schedule: Schedule, i):
 def online_softmax(problem: Problem, slots: Slots, schedule: Schedule, sources: Sources):
     """Output `[B, slots, N, Dv]` and lse `[B, slots, N]` of the softmax, one pass over the live tiles."""
     dtype, query, value = problem.compute_dtype, sources["query"], sources["value"]
-    carry = (jnp.zeros((*query.shape[:3], value.shape[3]), dtype), jnp.full(query.shape[:3], -jnp.inf, dtype))
+    carry = (rows_like(query, 0, dtype, value.shape[3]), rows_like(query, -jnp.inf, dtype))
     carry = varying_like(carry, sources, problem, slots, schedule)
 
     def head(view: View, lists, carry):
         local = localize(problem, view, sources)
 
         def query_tile(i, carry):
-            size = (view.rows, view.heads, schedule.query_block)
-            state = (jnp.full(size, -jnp.inf, dtype), jnp.zeros(size, dtype), jnp.zeros((*size, value.shape[3]), dtype))
+            rows = query_rows(problem, slots, schedule, view, query, i)
+            state = (rows_like(rows, -jnp.inf, dtype), rows_like(rows, 0, dtype), rows_like(rows, 0, dtype, value.shape[3]))
             state = varying_like(state, carry)
 
             def key_tile(j, partial: bool, state):
@@ -153,6 +162,11 @@ def _online_step(problem: Problem, view: View, tile: Tile, logits, value, state)
     )
 
 
+def query_rows(problem: Problem, slots: Slots, schedule: Schedule, view: View, query, i):
+    """The queries `[nb, nh, Bq, D]` of query tile `i`."""
+    return cut_rows(query, view, _row_tile(problem, slots, schedule, i).row, schedule.query_block)
+
+
 def _row_tile(problem: Problem, slots: Slots, schedule: Schedule, i) -> Tile:
     length = problem.sizes[1] if slots.query_tokens is None else slots.query_tokens.shape[2]
     return Tile(tiles.tile_start(i, schedule.query_block, length), None, None, None, None, None, None)
@@ -161,7 +175,7 @@ def _row_tile(problem: Problem, slots: Slots, schedule: Schedule, i) -> Tile:
 def sums(problem: Problem, slots: Slots, schedule: Schedule, phi: Phi, sources: Sources, moving: Sources | None = None):
     """sum_j phi_ij v_j `[B, slots, N, Dv]` and sum_j phi_ij `[B, slots, N]`, or their tangents along `moving`."""
     dtype, query, value = problem.compute_dtype, sources["query"], sources["value"]
-    carry = (jnp.zeros((*query.shape[:3], value.shape[3]), dtype), jnp.zeros(query.shape[:3], dtype))
+    carry = (rows_like(query, 0, dtype, value.shape[3]), rows_like(query, 0, dtype))
     carry = varying_like(carry, sources, moving, problem, slots, schedule)
 
     def head(view: View, lists, carry):
@@ -169,8 +183,8 @@ def sums(problem: Problem, slots: Slots, schedule: Schedule, phi: Phi, sources: 
         local_moving = None if moving is None else localize(problem, view, moving)
 
         def query_tile(i, carry):
-            size = (view.rows, view.heads, schedule.query_block)
-            state = varying_like((jnp.zeros((*size, value.shape[3]), dtype), jnp.zeros(size, dtype)), carry)
+            rows = query_rows(problem, slots, schedule, view, query, i)
+            state = varying_like((rows_like(rows, 0, dtype, value.shape[3]), rows_like(rows, 0, dtype)), carry)
 
             def key_tile(j, partial: bool, state):
                 tile = tiles.make_tile(problem, slots, schedule, view, i, j, partial)
@@ -188,14 +202,15 @@ def sums(problem: Problem, slots: Slots, schedule: Schedule, phi: Phi, sources: 
 
 def reduce_rows(problem: Problem, slots: Slots, schedule: Schedule, sources: Sources, of_tile, start, join):
     """`join` over the live tiles of `of_tile(view, tile, values) -> [nb, nh, Bq]`, from `start`: `[B, slots, N]`."""
-    carry = jnp.full(sources["query"].shape[:3], start)
+    carry = rows_like(sources["query"], start, start.dtype)
     carry = varying_like(carry, sources, problem, slots, schedule)
 
     def head(view: View, lists, carry):
         local = localize(problem, view, sources)
 
         def query_tile(i, carry):
-            state = varying_like(jnp.full((view.rows, view.heads, schedule.query_block), start), carry)
+            rows = query_rows(problem, slots, schedule, view, sources["query"], i)
+            state = varying_like(rows_like(rows, start, start.dtype), carry)
 
             def key_tile(j, partial: bool, state):
                 tile = tiles.make_tile(problem, slots, schedule, view, i, j, partial)
@@ -238,7 +253,7 @@ def pull_back(problem: Problem, slots: Slots, schedule: Schedule, phi: Phi, sour
     buffer a head, those of bias and operands in one buffer in all; nothing is added concurrently.
     """
     dtype = problem.compute_dtype
-    carry = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, dtype)), like)
+    carry = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, dtype)), like)
     carry = varying_like(carry, sources, cotangents, problem, slots, schedule)
     blocks = (schedule.query_block, schedule.key_block)
     row_names, key_names = [n for n in like if n in ("query", "rows")], [n for n in like if n in ("key", "value")]
@@ -252,7 +267,7 @@ def pull_back(problem: Problem, slots: Slots, schedule: Schedule, phi: Phi, sour
             keys, rest = state
             start = _row_tile(problem, slots, schedule, i)
             incoming = tuple(cut_rows(x, view, start.row, blocks[0]).astype(dtype) for x in cotangents)
-            rows = {n: _row_zeros(like[n], view, blocks[0], dtype) for n in row_names}
+            rows = {n: _row_zeros(like[n], view, start.row, blocks[0], dtype) for n in row_names}
             rows = varying_like(rows, carry)
 
             def key_tile(j, partial: bool, state):
@@ -280,8 +295,12 @@ def pull_back(problem: Problem, slots: Slots, schedule: Schedule, phi: Phi, sour
     return jax.tree.map(lambda x, y: x.astype(y.dtype), out, like)
 
 
-def _row_zeros(like, view: View, block: int, dtype):
-    return jax.tree.map(lambda x: jnp.zeros((view.rows, view.heads, block, *(x.shape[3:] or (1,))), dtype), like)
+def _row_zeros(like, view: View, row, block: int, dtype):
+    def zeros(x):
+        rows = cut_rows(x, view, row, block)
+        return jnp.zeros_like(rows if x.ndim == 4 else rows[..., None], dtype)
+
+    return jax.tree.map(zeros, like)
 
 
 def _add_slice(buffer, added, column):
@@ -308,6 +327,6 @@ def _add_at(buffer, added, view: View, tile: Tile, slots: Slots):
     if buffer.ndim == 4 and (slots.query_tokens is not None or slots.key_tokens is not None):
         return buffer.at[tiles.token_index(buffer, view, tile)].add(added)
     begin = [view.b, view.h, tile.row, tile.column] if buffer.ndim == 4 else [view.b, view.h, 0]
-    begin = [start if n > 1 else 0 for start, n in zip(begin, buffer.shape, strict=True)]
+    begin = [start if n != 1 else 0 for start, n in zip(begin, buffer.shape, strict=True)]
     old = jax.lax.dynamic_slice(buffer, starts32(begin), added.shape)
     return jax.lax.dynamic_update_slice(buffer, old + added, starts32(begin))

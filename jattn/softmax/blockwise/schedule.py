@@ -89,7 +89,7 @@ def _code(problem: Problem, one_head: bool):
         live, full = layout.live_map(), layout.full_map()
         owned = perms == (None, None)
         own = jnp.where(live, jnp.where(full & owned, FULL, PARTIAL), DEAD).astype(jnp.int8)
-        terms.append(own[:, head_entry(np.arange(num_heads), num_heads, own.shape[1])] if own.shape[1] > 1 else own)
+        terms.append(own[:, head_entry(np.arange(num_heads), num_heads, own.shape[1])] if own.shape[1] != 1 else own)
     permuted = perms != (None, None)
 
     def classes(mask, query_positions, key_positions):
@@ -116,7 +116,7 @@ def _code(problem: Problem, one_head: bool):
 def _array_code(array, slots, blocks):
     """Class of every tile of a boolean array `[B|1, N|1, T|1, S|1]`."""
     tiles = [-(-size // block) for size, block in zip(slots, blocks, strict=True)]
-    ragged = any(n > 1 and size % block for n, size, block in zip(array.shape[2:], slots, blocks, strict=True))
+    ragged = any(n != 1 and size % block for n, size, block in zip(array.shape[2:], slots, blocks, strict=True))
     if ragged and min(array.shape[2:]) > 1:
         # Cutting a full array into ragged tiles would copy it; its tiles look at their pairs instead.
         return np.full((1, 1, *tiles), PARTIAL, np.int8)

@@ -58,11 +58,8 @@ def starts32(starts):
 
 def cut(array, view: View, starts, sizes):
     """The part `[nb|1, nh|1, ...]` of `[B|1, N|1, ...]` at `starts` with `sizes` on the other axes (1 where they are 1)."""
-    begin = [view.b if array.shape[0] > 1 else 0, view.h if array.shape[1] > 1 else 0]
-    length = [min(array.shape[0], view.rows), min(array.shape[1], view.heads)]
-    for n, (start, size) in enumerate(zip(starts, sizes, strict=True), start=2):
-        begin.append(start if array.shape[n] > 1 else 0)
-        length.append(min(size, array.shape[n]))
+    places = zip(array.shape, (view.b, view.h, *starts), (view.rows, view.heads, *sizes), strict=True)
+    begin, length = zip(*((0, 1) if n == 1 else (start, size) for n, start, size in places), strict=True)
     return jax.lax.dynamic_slice(array, starts32(begin), length)
 
 
@@ -158,7 +155,7 @@ def _in_layout(problem: Problem, view: View, tile: Tile, heads, i, j, rows, colu
 
     def bit(tile_map):
         entry = heads[1] // (problem.sizes[3] // tile_map.shape[1])
-        return tile_map[heads[0] if tile_map.shape[0] > 1 else 0, entry, i, j]
+        return tile_map[heads[0] if tile_map.shape[0] != 1 else 0, entry, i, j]
 
     allowed = bit(problem.layout.live_map())
     predicate = problem.layout.predicate
@@ -183,7 +180,7 @@ def token_index(array, view: View, tile: Tile):
         jnp.maximum(tile.query_token, 0),
         jnp.maximum(tile.key_token, 0),
     )
-    return tuple(x if n > 1 else jnp.zeros((1,) * 4, jnp.int32) for x, n in zip(index, array.shape, strict=True))
+    return tuple(x if n != 1 else jnp.zeros((1,) * 4, jnp.int32) for x, n in zip(index, array.shape, strict=True))
 
 
 def tile_logits(problem: Problem, view: View, tile: Tile, values: dict[str, Any]):
@@ -197,7 +194,7 @@ def tile_logits(problem: Problem, view: View, tile: Tile, values: dict[str, Any]
     if tile.visible is not None:
         seeing = tile.visible.any(-1, keepdims=True)
         seen = tile.visible.any(-2)[..., None]
-        if seen.shape[1] > 1:
+        if seen.shape[1] != 1:
             seen = seen.reshape(seen.shape[0], view.kv_heads, view.group, -1, 1).any(2)
         # 0 * NaN is NaN: what nobody may see must be gone before any product, in the backward pass too.
         query, key, value = jnp.where(seeing, query, 0), jnp.where(seen, key, 0), jnp.where(seen, value, 0)
