@@ -138,7 +138,7 @@ class Block(nnx.Module):
         found = self.attention(self.attention_norm(x), deterministic=deterministic, rngs=rngs, **call)
         added = self.dropout(found.output, deterministic=deterministic, rngs=rngs)
         x = x + sites.visit("attn_out", added, layer)
-        if self.mlp is not None:
+        if self.mlp is not None and self.mlp_norm is not None:
             added = self.dropout(self.mlp(self.mlp_norm(x)), deterministic=deterministic, rngs=rngs)
             x = x + sites.visit("mlp_out", added, layer)
         return LayerOutput(sites.visit("resid", x, layer), found.cache, found.aux)

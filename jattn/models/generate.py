@@ -50,8 +50,8 @@ def filter_logits(logits: ArrayLike, *, top_k: int | None = None, top_p: Any = N
 
     Example:
         >>> import jax.numpy as jnp
-        >>> filter_logits(jnp.log(jnp.array([0.1, 0.6, 0.3])), top_p=0.7).round(2).tolist()
-        [-inf, -0.51..., -1.20...]
+        >>> filter_logits(jnp.array([1.0, 4.0, 3.0]), top_p=0.8).tolist()
+        [-inf, 4.0, 3.0]
 
     Source: Hierarchical Neural Story Generation (arXiv 1805.04833); The Curious Case of Neural Text Degeneration
     (arXiv 1904.09751).

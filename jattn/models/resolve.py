@@ -18,7 +18,7 @@ from jattn.mechanisms.entry import PATTERNS, Entry
 _FROM_CALL = frozenset(
     ("query", "key", "value", "bias", "mask", "is_causal", "segment_ids", "query_positions", "key_positions", "scale")
     + ("score_mod", "dropout_rate", "dropout_key", "logit_soft_cap", "sinks", "return_residual")
-    + ("query_seq_lengths", "key_value_seq_lengths")
+    + ("query_seq_lengths", "key_value_seq_lengths", "initial_state", "return_final_state")
 )
 _FROM_MODEL = frozenset(
     ("self", "features", "num_heads", "num_kv_heads", "head_dim", "position", "dtype", "param_dtype", "rngs")
