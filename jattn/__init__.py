@@ -5,11 +5,13 @@ from typing import Any
 from jattn.softmax import compilers as layouts
 from jattn.softmax import masks, normalizers, score_mods
 from jattn.softmax.api import dot_product_attention, explain
+from jattn.softmax.gather import gather_attention
 from jattn.softmax.layout import BlockLayout
 from jattn.softmax.masks import Mask
 from jattn.softmax.merge import merge_lse
 from jattn.softmax.normalizers import Normalizer
 from jattn.softmax.score_mods import Operand, ScoreMod
+from jattn.softmax.segments import renumber_segments
 from jattn.softmax.topk import topk_mask
 
 __version__ = "0.1.0"
@@ -22,11 +24,13 @@ __all__ = [
     "ScoreMod",
     "dot_product_attention",
     "explain",
+    "gather_attention",
     "get",
     "layouts",
     "masks",
     "merge_lse",
     "normalizers",
+    "renumber_segments",
     "score_mods",
     "topk_mask",
 ]
