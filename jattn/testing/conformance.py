@@ -15,8 +15,9 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from jattn.mechanisms.entry import Entry
-from jattn.testing import attention_checks, cost_checks, transform_checks
+from jattn.mechanisms.entry import KINDS, Entry
+from jattn.testing import attention_checks, cost_checks, other_checks, transform_checks, value_checks
+from jattn.testing.subject import attends
 from jattn.testing.workbench import Failed, NotApplicable, Workbench
 
 PASSED, FAILED, EXEMPT, NOT_APPLICABLE = "passed", "failed", "exempt", "not applicable"
@@ -72,8 +73,30 @@ ATTENTION: tuple[Check, ...] = (
     cost_checks.check_memory,
 )
 
-CHECKS: dict[str, tuple[Check, ...]] = {"primitive": ATTENTION, "layer": ATTENTION}
-"""The checks of every kind of entry."""
+FUNCTION: tuple[Check, ...] = (
+    attention_checks.check_gradients,
+    attention_checks.check_derivative,
+    attention_checks.check_determinism,
+    transform_checks.check_jit,
+    transform_checks.check_vmap,
+    transform_checks.check_export,
+    transform_checks.check_forward_mode,
+    transform_checks.check_precision,
+    cost_checks.check_work,
+    cost_checks.check_memory,
+)
+"""What every pure function of arrays promises, whatever it is for."""
+
+CHECKS: dict[str, tuple[Check, ...]] = {
+    **dict.fromkeys(KINDS, FUNCTION),
+    "mask": value_checks.MASK,
+    "score_mod": value_checks.SCORE_MOD,
+    "normalizer": value_checks.NORMALIZER,
+    "pooling": (*FUNCTION, *other_checks.POOLING),
+    "task": other_checks.TASK,
+    "cache": other_checks.CACHE,
+}
+"""The checks of the kinds; whatever attends faces `ATTENTION`, of whichever kind it is."""
 
 
 def check_name(check: Check) -> str:
@@ -87,8 +110,14 @@ def check_name(check: Check) -> str:
 
 
 def checks_of(entry: Entry) -> tuple[Check, ...]:
-    """The checks that an entry faces, by its kind."""
-    return CHECKS[entry.kind]
+    """The checks that an entry faces: those of attention if it attends, else those of its kind.
+
+    Example:
+        >>> from jattn import catalog
+        >>> [check_name(check) for check in checks_of(catalog.find("mqar"))]
+        ['batches', 'loss']
+    """
+    return ATTENTION if attends(entry) else CHECKS[entry.kind]
 
 
 def run_checks(entry: Entry, only: Iterable[str] | None = None) -> Iterator[CheckResult]:

@@ -49,6 +49,24 @@ def _is_float(variable: Any) -> bool:
     return hasattr(variable.aval, "dtype") and jnp.issubdtype(variable.aval.dtype, jnp.floating)
 
 
+def primitives(program: Any) -> set[str]:
+    """The names of all primitives in a traced program.
+
+    Args:
+        program: what `jax.make_jaxpr(f)(...)` returns.
+
+    Returns:
+        The names.
+
+    Example:
+        >>> import jax
+        >>> sorted(primitives(jax.make_jaxpr(jax.jit(lambda x: x + x))(1.0)))
+        ['add', 'jit']
+    """
+    inside = (name for equation in _inner(program).eqns for child in _children(equation) for name in primitives(child))
+    return {equation.primitive.name for equation in _inner(program).eqns} | set(inside)
+
+
 def count_work(function: Callable[..., Any], *args: Any) -> float:
     """Count the floating-point operations that a function does on its arguments.
 
@@ -190,25 +208,50 @@ def _counted_scan(parameters: Any, inputs: list[Any]) -> tuple[list[Any], Any]:
 
 
 def narrow_operations(program: Any) -> set[str]:
-    """Find exponentials, logarithms and sums that are computed in less than float32.
+    """Find what is computed in less than float32 and should not be: exponentials, logarithms, sums, and logits.
+
+    Logits are what a batched matrix product gives and an exponential takes, with no other product between the two; they
+    are narrow if the product is, even if they are widened later.
 
     Args:
         program: what `jax.make_jaxpr(f)(...)` returns.
 
     Returns:
-        The names of such operations with their dtypes, such as `"exp in bfloat16"`.
+        What was found, such as `"exp in bfloat16"`.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> sorted(narrow_operations(jax.make_jaxpr(jnp.exp)(jnp.ones(3, jnp.bfloat16))))
         ['exp in bfloat16']
     """
+    return _narrow(_inner(program), set())[0]
+
+
+def _narrow(jaxpr: Any, inputs: set[int]) -> tuple[set[str], set[int]]:
+    """What was found, and which outputs come from a narrow product; `inputs` says the same of the inputs."""
+    products = {variable for index, variable in enumerate(jaxpr.invars) if index in inputs}
     found: set[str] = set()
-    for equation in _inner(program).eqns:
-        for child in _children(equation):
-            found |= narrow_operations(child)
-        if equation.primitive.name in _SUMS:
-            for variable in equation.outvars:
-                if _is_float(variable) and jnp.finfo(variable.aval.dtype).bits < 32:
-                    found.add(f"{equation.primitive.name} in {variable.aval.dtype}")
-    return found
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        tainted = {
+            i for i, atom in enumerate(equation.invars) if not isinstance(atom, core.Literal) and atom in products
+        }
+        dtypes = [v.aval.dtype for v in equation.outvars if _is_float(v) and jnp.finfo(v.aval.dtype).bits < 32]
+        children = list(_children(equation))
+        for child in children:
+            same = len(child.invars) == len(equation.invars)
+            below, outputs = _narrow(child, tainted if same else set())
+            found |= below
+            products |= {v for i, v in enumerate(equation.outvars) if i in outputs and same}
+        if children:
+            continue
+        if name in _SUMS and dtypes:
+            found.add(f"{name} in {dtypes[0]}")
+        if name == "dot_general":
+            if dtypes and equation.params["dimension_numbers"][1][0]:
+                products |= set(equation.outvars)
+        elif name in ("exp", "exp2") and tainted:
+            found.add("logits in less than float32")
+        elif tainted:
+            products |= set(equation.outvars)
+    return found, {index for index, variable in enumerate(jaxpr.outvars) if variable in products}

@@ -46,6 +46,25 @@ def takes(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(names)
 
 
+def attends(entry: Entry) -> bool:
+    """Whether an entry is attention: a function of (query, key, value), or a layer made from (features, num_heads).
+
+    Example:
+        >>> from jattn import catalog
+        >>> attends(catalog.find("mqar"))
+        False
+    """
+    if not entry.patterns or entry.kind in ("pooling", "position", "task", "cache"):
+        return False
+    if entry.layer is not None:
+        return {"features", "num_heads"} <= takes(entry.layer)
+    try:
+        names = list(inspect.signature(entry.target).parameters)
+    except ValueError:  # a builtin without a signature
+        return False
+    return names[:3] == ["query", "key", "value"]
+
+
 def is_float(leaf: Any) -> bool:
     """Whether a leaf is an array of real floats."""
     return isinstance(leaf, np.ndarray | jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)

@@ -20,7 +20,7 @@ import numpy as np
 
 from jattn.mechanisms.entry import Entry
 from jattn.testing.jaxprs import QUICK
-from jattn.testing.subject import Arrays, Call, build, cast
+from jattn.testing.subject import Arrays, Call, attends, build, cast
 
 LENGTH = 13
 """T of most checks: a prime, and no multiple of anything."""
@@ -110,7 +110,7 @@ class Workbench:
     @property
     def pattern(self) -> str:
         """The pattern that most checks run under: causal self attention where the mechanism has it."""
-        if not self.entry.patterns:
+        if not attends(self.entry):
             return ""
         return "causal self" if "causal self" in self.entry.patterns else self.entry.patterns[0]
 
