@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments import records
 from experiments.training import ModelOptions, Trainer, TrainOptions
@@ -301,4 +301,5 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
 
 if __name__ == "__main__":
     define_flags(flags.FLAGS)
-    app.run(main)
+    # Orbax reports every stage of a checkpoint at level INFO; --verbosity=0 shows that again.
+    app.run(main, argv=[sys.argv[0], f"--verbosity={logging.WARNING}", *sys.argv[1:]])
