@@ -25,6 +25,7 @@ from flax import nnx
 from jattn.layers.attention import MultiHeadAttention
 from jattn.layers.sharding import axes
 from jattn.mechanisms.entry import PATTERNS, Cost, Entry, LayerExample, Paper
+from jattn.mechanisms.examples import normal
 from jattn.softmax.topk import topk_mask
 
 
@@ -341,8 +342,9 @@ class MohAttention(MultiHeadAttention):
 
 
 def _example(key, length):
-    x = jax.random.normal(key, (2, length, 16))
-    return LayerExample((16, 4), {"num_kv_heads": 2, "num_shared": 2, "num_active": 1}, (x,), {})
+    return LayerExample(
+        (16, 4), {"num_kv_heads": 2, "num_shared": 2, "num_active": 1}, (normal(key, 2, length, 16),), {}
+    )
 
 
 ENTRY = Entry(

@@ -18,6 +18,7 @@ from flax import nnx
 
 from jattn.layers.sharding import axes
 from jattn.mechanisms.entry import Cost, Entry, LayerExample, Paper
+from jattn.mechanisms.examples import normal
 from jattn.softmax.api import dot_product_attention
 
 
@@ -152,8 +153,7 @@ class EfficientProbing(nnx.Module):
 
 
 def _example(key, length):
-    x = jax.random.normal(key, (2, length, 16))
-    return LayerExample((16,), {"num_queries": 4, "reduction": 2}, (x,), {})
+    return LayerExample((16,), {"num_queries": 4, "reduction": 2}, (normal(key, 2, length, 16),), {})
 
 
 ENTRY = Entry(

@@ -20,6 +20,7 @@ from flax import nnx
 from jattn.layers.attention import MultiHeadAttention
 from jattn.layers.sharding import axes
 from jattn.mechanisms.entry import PATTERNS, Cost, Entry, LayerExample, Paper
+from jattn.mechanisms.examples import normal
 from jattn.softmax.api import dot_product_attention
 from jattn.softmax.merge import merge_lse
 
@@ -217,8 +218,7 @@ class KvBias(MultiHeadAttention):
 
 
 def _example(key, length):
-    x = jax.random.normal(key, (2, length, 16))
-    return LayerExample((16, 4), {"num_kv_heads": 2}, (x,), {})
+    return LayerExample((16, 4), {"num_kv_heads": 2}, (normal(key, 2, length, 16),), {})
 
 
 ENTRY = Entry(

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from jattn.mechanisms.entry import PATTERNS, Cost, Entry, Paper
+from jattn.mechanisms.examples import attention_inputs
 from jattn.softmax.api import dot_product_attention
 from jattn.softmax.normalizers import Pointwise
 
@@ -110,16 +111,6 @@ def pointwise_attention(
     )
 
 
-def _example(key, length, query_length=None):
-    query, *rest = (
-        jax.random.normal(k, (2, n, heads, 8))
-        for k, n, heads in zip(
-            jax.random.split(key, 3), (query_length or length, length, length), (4, 2, 2), strict=True
-        )
-    )
-    return (query, *rest), {}
-
-
 ENTRY = Entry(
     name="pointwise_attention",
     kind="primitive",
@@ -136,6 +127,6 @@ ENTRY = Entry(
     patterns=PATTERNS,
     cost=Cost(flops="T^2", memory="T"),
     decode="any KV cache: a row depends on its own keys only",
-    example=_example,
+    example=attention_inputs,
     fidelity="official code",
 )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jattn.layers.rope import Rope
 from jattn.mechanisms.entry import PATTERNS, Cost, Entry, Paper
+from jattn.mechanisms.examples import attention_inputs
 from jattn.mechanisms.softmax.alibi import alibi
 from jattn.mechanisms.softmax.t5_bias import t5_bias
 from jattn.softmax.api import dot_product_attention
@@ -163,16 +164,6 @@ def _rotated(
     return new_query.reshape(query.shape), new_key.reshape(key.shape)
 
 
-def _example(key, length, query_length=None):
-    query, *rest = (
-        jax.random.normal(k, (2, n, heads, 8))
-        for k, n, heads in zip(
-            jax.random.split(key, 3), (query_length or length, length, length), (4, 2, 2), strict=True
-        )
-    )
-    return (query, *rest), {}
-
-
 ENTRY = Entry(
     name="softmax_attention",
     kind="primitive",
@@ -182,6 +173,6 @@ ENTRY = Entry(
     patterns=PATTERNS,
     cost=Cost(flops="T^2", memory="T"),
     decode="any KV cache: a row depends on its own keys only",
-    example=_example,
+    example=attention_inputs,
     fidelity="paper",
 )

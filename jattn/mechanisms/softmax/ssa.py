@@ -18,11 +18,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jattn.layers.attention import MultiHeadAttention
 from jattn.layers.sharding import axes
 from jattn.mechanisms.entry import PATTERNS, Cost, Entry, LayerExample, Paper
+from jattn.mechanisms.examples import attention_inputs, normal
 from jattn.softmax.api import dot_product_attention
 from jattn.softmax.counts import visible_counts
 
@@ -345,18 +347,12 @@ def _gelu(x: jax.Array) -> jax.Array:
 
 
 def _layer_example(key, length):
-    x = jax.random.normal(key, (2, length, 16))
-    return LayerExample((16, 4), {"num_kv_heads": 2, "alpha": 0.5}, (x,), {})
+    return LayerExample((16, 4), {"num_kv_heads": 2, "alpha": 0.5}, (normal(key, 2, length, 16),), {})
 
 
 def _example(key, length, query_length=None):
-    query, *rest = (
-        jax.random.normal(k, (2, n, heads, 8))
-        for k, n, heads in zip(
-            jax.random.split(key, 3), (query_length or length, length, length), (4, 2, 2), strict=True
-        )
-    )
-    return (query, *rest), {"alpha": jnp.array(0.5)}
+    arrays, _ = attention_inputs(key, length, query_length)
+    return arrays, {"alpha": np.array(0.5, np.float32)}
 
 
 _PAPERS = (Paper("Selective Attention: Enhancing Transformer through Principled Context Control", "2411.12892", 2024),)
