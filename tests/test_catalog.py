@@ -44,7 +44,7 @@ def test_entries_are_sorted_and_named_after_what_they_are():
     for entry in catalog.entries():
         assert catalog.find(entry.name) is entry
         assert catalog.get(entry.name) is entry.target
-        assert entry.fidelity, f"{entry.name} must say how sure its definition is"
+        assert entry.fidelity or not entry.papers, f"{entry.name} must say how sure its definition is"
         assert entry.target.__doc__, f"{entry.name} has no docstring"
 
 

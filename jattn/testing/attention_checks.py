@@ -155,10 +155,10 @@ def check_poison(bench: Workbench) -> str:
     for by in controls:
         visible = base.hide(hidden, by=by)
         clean, dirty = bench.run(None, visible, cotangent), bench.run(poisoned, visible, cotangent)
-        where = f"poison in tokens hidden by {by}"
-        assert_equal_bits(dirty.output[kept], clean.output[kept], f"output under {where}")
+        source = f"poison in tokens hidden by {by}"
+        assert_equal_bits(dirty.output[kept], clean.output[kept], f"output under {source}")
         for name, gradient in dirty.gradients.items():
-            assert_equal_bits(gradient, clean.gradients[name], f"gradient of {name} under {where}")
+            assert_equal_bits(gradient, clean.gradients[name], f"gradient of {name} under {source}")
     return f"{', '.join(bench.attends_to)} by {', '.join(controls)}"
 
 

@@ -18,12 +18,13 @@ SLACK = 1.4
 """Lower-order terms may bend a ratio of growth by this factor; the next declarable growth is a factor 2 away."""
 
 
-def _declared(entry: Entry, what: str) -> float:
+def _declared(entry: Entry, what: str) -> tuple[str, float]:
+    """The declared growth, and how many times it grows from T to 4 T."""
     if entry.cost is None:
         raise NotApplicable("it declares no cost")
     short, long = LENGTHS
     expression = getattr(entry.cost, what)
-    return growth(expression, long) / growth(expression, short)
+    return expression, growth(expression, long) / growth(expression, short)
 
 
 def _calls(bench: Workbench) -> tuple[Call, Call]:
@@ -37,14 +38,14 @@ def _shapes(call: Call) -> Any:
 
 def check_work(bench: Workbench) -> str:
     """Floating-point work at T and 4 T, counted from the program and not timed, grows as declared."""
-    declared = _declared(bench.entry, "flops")
+    expression, declared = _declared(bench.entry, "flops")
     short, long = (count_work(call, call.arrays) for call in _calls(bench))
     if not short:
         raise NotApplicable("it computes no floats")
     ratio = long / short
     if not declared / SLACK <= ratio <= declared * SLACK:
         raise Failed(
-            f"work grows {ratio:.2f} times from T = {LENGTHS[0]} to {LENGTHS[1]}, {bench.entry.cost.flops!r} is "
+            f"work grows {ratio:.2f} times from T = {LENGTHS[0]} to {LENGTHS[1]}, {expression!r} is "
             f"{declared:.2f} times"
         )
     return f"x{ratio:.2f}, declared x{declared:.2f}"
@@ -58,11 +59,11 @@ def temporary_bytes(call: Call) -> int:
 
 def check_memory(bench: Workbench) -> str:
     """Temporary memory of the compiled forward program grows from T to 4 T by no more than declared."""
-    declared = _declared(bench.entry, "memory")
+    expression, declared = _declared(bench.entry, "memory")
     short, long = map(temporary_bytes, _calls(bench))
     if long > declared * SLACK * max(short, 1):
         raise Failed(
             f"temporary memory grows {long / max(short, 1):.2f} times from T = {LENGTHS[0]} ({short} bytes) to "
-            f"{LENGTHS[1]} ({long} bytes), {bench.entry.cost.memory!r} is {declared:.2f} times"
+            f"{LENGTHS[1]} ({long} bytes), {expression!r} is {declared:.2f} times"
         )
     return f"{short} to {long} bytes"
