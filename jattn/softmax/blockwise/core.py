@@ -223,7 +223,7 @@ def _reweighted(setting: Setting, sources, stage: Reweighted):
     fixed = jax.lax.stop_gradient({**sources, "rows": rows})
 
     def of_tile(view, tile, values):
-        logits, _, _ = tiles.tile_logits(setting.problem, view, tile, values)
+        logits, _ = tiles.tile_logits(setting.problem, view, tile, values)
         return (base.phi(logits, tile.visible, values["rows"]) * values["rows"].get("scale", 1)).max(-1)
 
     largest = loops.reduce_rows(

@@ -132,7 +132,7 @@ def online_softmax(problem: Problem, slots: Slots, schedule: Schedule, sources: 
             def key_tile(j, partial: bool, state):
                 tile = tiles.make_tile(problem, slots, schedule, view, i, j, partial)
                 values = read_values(problem, slots, schedule, view, tile, local)
-                logits, value, _ = tiles.tile_logits(problem, view, tile, values)
+                logits, value = tiles.tile_logits(problem, view, tile, values)
                 if tile.visible is not None:
                     logits = jnp.where(tile.visible, logits, -jnp.inf)
                 return _online_step(problem, view, tile, logits, value, state)
@@ -232,18 +232,8 @@ def tile_sums(problem, slots, schedule, view, tile, phi, sources, moving):
     if moving is None:
         return tiles.tile_terms(problem, view, tile, phi, values)
     dots = read_values(problem, slots, schedule, view, tile, moving)
-    terms = lambda free: tiles.tile_terms(problem, view, tile, phi, _replaced(values, free))  # noqa: E731
-    return jax.jvp(terms, (_named_in(dots, values),), (dots,))[1]
-
-
-def _named_in(names: Sources, values: Sources) -> Sources:
-    """The entries of (nested) `values` that `names` has too."""
-    return {n: {m: values[n][m] for m in x} if isinstance(x, dict) else values[n] for n, x in names.items()}
-
-
-def _replaced(values: Sources, free: Sources) -> Sources:
-    """`values` with the entries of (nested) `free` in place of its own."""
-    return {**values, **{n: {**values[n], **x} if isinstance(x, dict) else x for n, x in free.items()}}
+    terms = lambda free: tiles.tile_terms(problem, view, tile, phi, tiles.replaced(values, free))  # noqa: E731
+    return jax.jvp(terms, (tiles.named_in(dots, values),), (dots,))[1]
 
 
 def pull_back(problem: Problem, slots: Slots, schedule: Schedule, phi: Phi, sources: Sources, cotangents, like: Sources):
@@ -260,7 +250,7 @@ def pull_back(problem: Problem, slots: Slots, schedule: Schedule, phi: Phi, sour
 
     def head(view: View, lists, carry):
         local = localize(problem, view, sources)
-        keys = {n: local_keys(problem, view, carry[n]) for n in key_names}
+        keys = {n: jnp.swapaxes(local_keys(problem, view, carry[n]), 2, 3) for n in key_names}
         rest = {n: x for n, x in carry.items() if n not in key_names}
 
         def query_tile(i, state):
@@ -274,8 +264,7 @@ def pull_back(problem: Problem, slots: Slots, schedule: Schedule, phi: Phi, sour
                 rows, keys, rest = state
                 tile = tiles.make_tile(problem, slots, schedule, view, i, j, partial)
                 values = read_values(problem, slots, schedule, view, tile, local)
-                terms = lambda free: tiles.tile_terms(problem, view, tile, phi, _replaced(values, free))  # noqa: B023, E731
-                (added,) = jax.vjp(terms, _named_in(like, values))[1](incoming)
+                added = tiles.pull_terms(problem, view, tile, phi, values, like, incoming)
                 rows = {n: jax.tree.map(jnp.add, rows[n], added[n]) for n in rows}
                 keys = {n: _add_slice(keys[n], added[n], tile.column) for n in keys}
                 rest = _add_rest(rest, added, view, tile, slots)
@@ -304,13 +293,13 @@ def _row_zeros(like, view: View, row, block: int, dtype):
 
 
 def _add_slice(buffer, added, column):
-    old = jax.lax.dynamic_slice_in_dim(buffer, column, added.shape[2], axis=2)
-    return jax.lax.dynamic_update_slice_in_dim(buffer, old + added, column, axis=2)
+    old = jax.lax.dynamic_slice_in_dim(buffer, column, added.shape[3], axis=3)
+    return jax.lax.dynamic_update_slice_in_dim(buffer, old + added, column, axis=3)
 
 
 def _put_keys(problem: Problem, view: View, buffer, local):
     begin = (view.b, 0, kv_head(problem, view), 0)
-    return jax.lax.dynamic_update_slice(buffer, jnp.swapaxes(local, 1, 2).astype(buffer.dtype), starts32(begin))
+    return jax.lax.dynamic_update_slice(buffer, jnp.transpose(local, (0, 3, 1, 2)).astype(buffer.dtype), starts32(begin))
 
 
 def _add_rest(rest: Sources, added: Sources, view: View, tile: Tile, slots: Slots) -> Sources:

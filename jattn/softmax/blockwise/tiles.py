@@ -183,12 +183,20 @@ def token_index(array, view: View, tile: Tile):
     return tuple(x if n != 1 else jnp.zeros((1,) * 4, jnp.int32) for x, n in zip(index, array.shape, strict=True))
 
 
-def tile_logits(problem: Problem, view: View, tile: Tile, values: dict[str, Any]):
-    """Modified logits `[nb, nh, Bq, Bk]`, not masked, with unseen keys and unseeing queries replaced by zeros.
+class Sides(NamedTuple):
+    """Scaled queries `[nb, nk, group, Bq, D]`, keys and values `[nb, nk, Bk, ...]` of a tile, and which rows see something.
 
-    Returns:
-      logits; the values `[nb, nk, Bk, Dv]`, zero where nobody in the tile sees them; the rows that see something.
+    What nobody in the tile may see is zero already: 0 * NaN is NaN, so it must be gone before any product.
     """
+
+    query: Any
+    key: Any
+    value: Any
+    seeing: Any
+
+
+def tile_sides(problem: Problem, view: View, tile: Tile, values: dict[str, Any]) -> Sides:
+    """Both sides of a tile, ready for the products."""
     query, key, value = values["query"], values["key"], values["value"]
     seeing = None
     if tile.visible is not None:
@@ -196,11 +204,19 @@ def tile_logits(problem: Problem, view: View, tile: Tile, values: dict[str, Any]
         seen = tile.visible.any(-2)[..., None]
         if seen.shape[1] != 1:
             seen = seen.reshape(seen.shape[0], view.kv_heads, view.group, -1, 1).any(2)
-        # 0 * NaN is NaN: what nobody may see must be gone before any product, in the backward pass too.
         query, key, value = jnp.where(seeing, query, 0), jnp.where(seen, key, 0), jnp.where(seen, value, 0)
     grouped = (query * problem.scale).reshape(view.rows, view.kv_heads, view.group, *query.shape[2:])
-    logits = jnp.einsum("bkgtd,bksd->bkgts", grouped, key, precision=problem.precision)
-    logits = logits.reshape(view.rows, view.heads, *logits.shape[3:])
+    return Sides(grouped, key, value, seeing)
+
+
+def products(problem: Problem, view: View, sides: Sides):
+    """scale * q . k, `[nb, nh, Bq, Bk]`."""
+    logits = jnp.einsum("bkgtd,bksd->bkgts", sides.query, sides.key, precision=problem.precision)
+    return logits.reshape(view.rows, view.heads, *logits.shape[3:])
+
+
+def modified(problem: Problem, view: View, tile: Tile, logits, values: dict[str, Any]):
+    """The logits after cap, score mod and bias; not masked, but free of what nobody may see."""
     if tile.visible is not None and (problem.score_mod is not None or problem.logit_soft_cap is not None):
         logits = jnp.where(tile.visible, logits, 0)
     place = (tile.query_position, tile.key_position)
@@ -209,7 +225,13 @@ def tile_logits(problem: Problem, view: View, tile: Tile, values: dict[str, Any]
         centers = {n: o.offset_center() for n, o in problem.score_mod.flat_operands().items() if o.kind == "offset"}
         operands = {n: _offsets(x, centers[n], *place) if n in centers else x for n, x in operands.items()}
     heads = (view.b + jnp.arange(view.rows).reshape(-1, 1, 1, 1), view.h + jnp.arange(view.heads).reshape(1, -1, 1, 1))
-    return modify_logits(problem, logits, operands, values.get("bias"), *heads, *place), value, seeing
+    return modify_logits(problem, logits, operands, values.get("bias"), *heads, *place)
+
+
+def tile_logits(problem: Problem, view: View, tile: Tile, values: dict[str, Any]):
+    """Modified, unmasked logits `[nb, nh, Bq, Bk]` and the values `[nb, nk, Bk, Dv]` to mix."""
+    sides = tile_sides(problem, view, tile, values)
+    return modified(problem, view, tile, products(problem, view, sides), values), sides.value
 
 
 def _offsets(table, center: int, i, j):
@@ -236,12 +258,53 @@ def mix(problem: Problem, view: View, tile: Tile, raw, value):
 Phi = Callable[[Any, Any, dict[str, Any]], Any]
 
 
+def named_in(names: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The entries of (nested) `values` that `names` has too."""
+    return {n: {m: values[n][m] for m in x} if isinstance(x, dict) else values[n] for n, x in names.items()}
+
+
+def replaced(values: dict[str, Any], free: dict[str, Any]) -> dict[str, Any]:
+    """`values` with the entries of (nested) `free` in place of its own."""
+    return {**values, **{n: {**values[n], **x} if isinstance(x, dict) else x for n, x in free.items()}}
+
+
 def tile_terms(problem: Problem, view: View, tile: Tile, phi: Phi, values: dict[str, Any]):
     """What a tile adds to its rows: sum_j phi_ij v_j `[nb, nh, Bq, Dv]` and sum_j phi_ij `[nb, nh, Bq]`."""
-    logits, value, seeing = tile_logits(problem, view, tile, values)
-    raw = phi(logits, tile.visible, values.get("rows", {}))
-    weighted, total = mix(problem, view, tile, raw, value), raw.sum(-1)
-    if seeing is not None:
+    sides = tile_sides(problem, view, tile, values)
+    return _terms(problem, view, tile, phi, products(problem, view, sides), sides, values)
+
+
+def _terms(problem: Problem, view: View, tile: Tile, phi: Phi, logits, sides: Sides, values: dict[str, Any]):
+    raw = phi(modified(problem, view, tile, logits, values), tile.visible, values.get("rows", {}))
+    weighted, total = mix(problem, view, tile, raw, sides.value), raw.sum(-1)
+    if sides.seeing is not None:
         # Also a cotangent that is NaN in a row that sees nothing stops here.
-        weighted, total = jnp.where(seeing, weighted, 0), jnp.where(seeing[..., 0], total, 0)
+        weighted, total = jnp.where(sides.seeing, weighted, 0), jnp.where(sides.seeing[..., 0], total, 0)
     return weighted, total
+
+
+def pull_terms(problem: Problem, view: View, tile: Tile, phi: Phi, values, names, cotangents):
+    """Transpose of the derivative of `tile_terms` in the entries of `values` that (nested) `names` lists.
+
+    The cotangents of keys and values come out transposed, `[nb, nk, D, Bk]`: as products that leave the `[Bq, Bk]`
+    factor as it lies. (Transposing it, as the derivative of the product would, costs as much as a product.)
+    """
+    sides = tile_sides(problem, view, tile, values)
+    rest = {n: x for n, x in names.items() if n not in ("query", "key")}
+
+    def terms(logits, free):
+        current = replaced(values, free)
+        new = sides._replace(value=tile_sides(problem, view, tile, current).value)
+        return _terms(problem, view, tile, phi, logits, new, current)
+
+    pulled, added = jax.vjp(terms, products(problem, view, sides), named_in(rest, values))[1](cotangents)
+    pulled = pulled.reshape(view.rows, view.kv_heads, view.group, *pulled.shape[2:])
+    if "query" in names:
+        query = jnp.einsum("bkgts,bksd->bkgtd", pulled, sides.key, precision=problem.precision) * problem.scale
+        added["query"] = query.reshape(view.rows, view.heads, *query.shape[3:])
+    if "key" in names:
+        contract = (((2, 3), (2, 3)), ((0, 1), (0, 1)))
+        added["key"] = jax.lax.dot_general(sides.query, pulled, contract, precision=problem.precision)
+    if "value" in names:
+        added["value"] = jnp.swapaxes(added["value"], 2, 3)
+    return added
