@@ -141,13 +141,22 @@ def test_errors_on_the_command_line(tmp_path, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
+def complete(arguments, environment):
+    """Run to the end; what it printed as progress."""
+    done = subprocess.run(
+        arguments, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
 @pytest.mark.slow
 def test_killed_and_resumed_ends_bit_equal(tmp_path):
     """SIGKILL in mid-run, behind a checkpoint and with metrics written since; then the same command again."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     steps = "--steps=600"
     environment = dict(os.environ, JAX_PLATFORMS="cpu")
-    subprocess.run(command(whole, steps), cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+    complete(command(whole, steps), environment)
 
     process = subprocess.Popen(
         command(broken, steps), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -164,10 +173,7 @@ def test_killed_and_resumed_ends_bit_equal(tmp_path):
     assert 140 <= cut[-1]["step"] < 600
     assert not (broken / "summary.json").exists()
 
-    again = subprocess.run(
-        command(broken, steps), cwd=ROOT, env=environment, check=True, capture_output=True, text=True, timeout=300
-    )
-    assert "resuming" in again.stderr
+    assert "resuming" in complete(command(broken, steps), environment)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole, broken)]
     assert summaries[1]["resumed_at"] >= 125
     assert summaries[0]["metrics"] == summaries[1]["metrics"]

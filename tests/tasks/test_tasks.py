@@ -1,6 +1,7 @@
 """What every task promises: pure batches, disjoint splits, a fixed walk through evaluation sets, finite losses."""
 
 import dataclasses
+import pathlib
 import subprocess
 import sys
 
@@ -231,4 +232,6 @@ def test_epochs_hold_every_index_once_whatever_the_size():
 
 def test_scikit_learn_is_imported_where_it_is_used():
     code = "import sys; from jattn import tasks; tasks.get('digits'); sys.exit('sklearn' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    root = pathlib.Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
