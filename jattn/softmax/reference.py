@@ -12,20 +12,27 @@ from jattn.softmax.problem import Problem, dense_visibility, drop_pairs, modify_
 def attend(problem: Problem, return_residual: bool):
     """Output `[B, T, N, Dv]` in the computing dtype, and lse `[B, T, N]` (None unless `return_residual`)."""
     visible = dense_visibility(problem)
-    query, key, value = _without_unseen(problem, visible)
+    query, key, value, seeing = _without_unseen(problem, visible)
     logits, visible = _masked_logits(problem, query, key, visible)
     weights, lse = _normalize(problem, logits, visible, return_residual)
     _, length, source, _, _ = problem.sizes
     rows, columns = np.arange(length)[:, None], np.arange(source)
     weights = drop_pairs(problem, weights, *_heads(problem), rows, columns)
-    return _mix(problem, weights, value), None if lse is None else jnp.swapaxes(lse, 1, 2)
+    out = _mix(problem, weights, value)
+    # Also a cotangent that is NaN in a row that sees nothing stops here.
+    out = out if seeing is None else jnp.where(seeing, out, 0)
+    return out, None if lse is None else jnp.swapaxes(lse, 1, 2)
 
 
 def _without_unseen(problem: Problem, visible):
-    """Zero the keys and values that nobody sees and the queries that see nothing: 0 * NaN would be NaN."""
+    """Zero the keys and values that nobody sees and the queries that see nothing: 0 * NaN would be NaN.
+
+    Returns:
+      query, key, value and which queries see something, `[B|1, T, N|1, 1]`; None if known to be all.
+    """
     query, key, value = problem.query, problem.key, problem.value
     if visible is None:
-        return query, key, value
+        return query, key, value, None
     batch, length, source, num_heads, kv_heads = problem.sizes
     xp = np if isinstance(visible, np.ndarray) else jnp
     seen_key = xp.broadcast_to(visible.any(2), (*visible.shape[:2], source))
@@ -36,8 +43,9 @@ def _without_unseen(problem: Problem, visible):
         seen = jnp.swapaxes(jnp.asarray(seen_key), 1, 2)[..., None]
         key, value = jnp.where(seen, key, 0), jnp.where(seen, value, 0)
     if xp is jnp or not seeing_query.all():
-        query = jnp.where(jnp.swapaxes(jnp.asarray(seeing_query), 1, 2)[..., None], query, 0)
-    return query, key, value
+        seeing = jnp.swapaxes(jnp.asarray(seeing_query), 1, 2)[..., None]
+        return jnp.where(seeing, query, 0), key, value, seeing
+    return query, key, value, None
 
 
 def _masked_logits(problem: Problem, query, key, visible):
