@@ -8,203 +8,61 @@ and `~`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-DEAD, PARTIAL, FULL = 0, 1, 2
+from jattn.softmax.mask_type import DEAD, FULL, PARTIAL, Mask, array_module, register_mask, static_field
 
-
-def _module_of(*arrays):
-    """numpy for host values, jax.numpy as soon as one of them is a jax array, so that static masks stay static."""
-    return jnp if any(isinstance(a, jax.Array) for a in arrays) else np
-
-
-def _register(cls):
-    """Make `cls` a frozen dataclass and a pytree: fields marked `static` are compile-time constants."""
-    cls = dataclasses.dataclass(frozen=True)(cls)
-    fields = dataclasses.fields(cls)
-    meta = [f.name for f in fields if f.metadata.get("static")]
-    data = [f.name for f in fields if not f.metadata.get("static")]
-    return jax.tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
-
-
-def _static():
-    return dataclasses.field(metadata={"static": True})
-
-
-class Mask:
-    """Base of all masks: True means "may attend".
-
-    A subclass defines `__call__` and, where it can tell something cheaply, `classify`.
-
-    Example:
-      >>> import jattn
-      >>> mask = jattn.masks.causal() & jattn.masks.prefix(2)
-      >>> mask.to_dense(1, 1, 3, 3)[0, 0].astype(int)
-      array([[1, 0, 0],
-             [1, 1, 0],
-             [1, 1, 0]])
-    """
-
-    def __call__(self, b, h, i, j):
-        """Visibility of key position `j` for query position `i` of batch row `b` and query head `h` (broadcastable)."""
-        raise NotImplementedError
-
-    def at(self, b, h, i, j, query_slot, key_slot):
-        """Visibility by position, or by slot for predicates of a block layout; only the latter look at the slots."""
-        return self(b, h, i, j)
-
-    def classify(self, i_lo, i_hi, j_lo, j_hi):
-        """DEAD, PARTIAL or FULL for the rectangle of positions `[i_lo, i_hi] x [j_lo, j_hi]` (ends included).
-
-        The answer holds for every batch row and head. PARTIAL is always safe; DEAD and FULL are promises. numpy
-        bounds give a numpy answer, traced bounds a traced one.
-        """
-        xp = _module_of(i_lo, i_hi, j_lo, j_hi)
-        shape = np.broadcast_shapes(*(np.shape(x) for x in (i_lo, i_hi, j_lo, j_hi)))
-        return xp.full(shape, PARTIAL, xp.int8)
-
-    def __and__(self, other: Mask) -> Mask:
-        return _And(self, _checked(other))
-
-    def __or__(self, other: Mask) -> Mask:
-        return _Or(self, _checked(other))
-
-    def __invert__(self) -> Mask:
-        return _Not(self)
-
-    def to_dense(self, batch, num_heads, query_length, key_length, *, query_positions=None, key_positions=None):
-        """Dense boolean array `[B, N, T, S]`; numpy where the mask holds no jax array.
-
-        Args:
-          batch: B.
-          num_heads: N, query heads.
-          query_length: T.
-          key_length: S.
-          query_positions: `[B|1, T]` integers, 0..T-1 if not given.
-          key_positions: `[B|1, S]` integers, 0..S-1 if not given.
-
-        Returns:
-          `[B, N, T, S]` booleans.
-        """
-        i = np.arange(query_length)[None] if query_positions is None else query_positions
-        j = np.arange(key_length)[None] if key_positions is None else key_positions
-        b = np.arange(batch)[:, None, None, None]
-        h = np.arange(num_heads)[None, :, None, None]
-        visible = self.at(
-            b,
-            h,
-            i[:, None, :, None],
-            j[:, None, None, :],
-            np.arange(query_length)[None, None, :, None],
-            np.arange(key_length)[None, None, None, :],
-        )
-        return _module_of(visible).broadcast_to(visible, (batch, num_heads, query_length, key_length))
-
-    def count(self, batch, num_heads, query_length, key_length, *, query_positions=None, key_positions=None):
-        """Number of visible keys of each row, int32 `[B, N, T]`, in memory linear in T and S.
-
-        Args:
-          batch: B.
-          num_heads: N, query heads.
-          query_length: T.
-          key_length: S.
-          query_positions: `[B|1, T]` integers, 0..T-1 if not given.
-          key_positions: `[B|1, S]` integers, 0..S-1 if not given.
-        """
-        i = jnp.arange(query_length)[None] if query_positions is None else jnp.asarray(query_positions)
-        j = jnp.arange(key_length)[None] if key_positions is None else jnp.asarray(key_positions)
-        b = jnp.arange(batch)[:, None, None]
-        h = jnp.arange(num_heads)[None, :, None]
-        keys = jnp.arange(key_length)[None, None]
-
-        def row(t):
-            visible = self.at(b, h, i[:, None, t, None], j[:, None, :], t, keys)
-            return jnp.broadcast_to(visible, (batch, num_heads, key_length)).sum(-1, dtype=jnp.int32)
-
-        return jnp.moveaxis(jax.lax.map(row, jnp.arange(query_length)), 0, -1)
-
-    def plot(self, query_length=64, key_length=None, *, batch_index=0, head=0, ax=None):
-        """Draw the mask with matplotlib (dark = may attend) and return the axes."""
-        import matplotlib.pyplot as plt
-
-        key_length = query_length if key_length is None else key_length
-        dense = self.to_dense(batch_index + 1, head + 1, query_length, key_length)[batch_index, head]
-        ax = plt.subplots(figsize=(4, 4))[1] if ax is None else ax
-        ax.imshow(np.asarray(dense), cmap="Blues", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-        ax.set_xlabel("key position")
-        ax.set_ylabel("query position")
-        return ax
-
-
-def _checked(other: Any) -> Mask:
-    if not isinstance(other, Mask):
-        raise TypeError(f"masks combine with masks, got {type(other).__name__}; wrap an array with masks.dense(array)")
-    return other
-
-
-@_register
-class _And(Mask):
-    left: Mask
-    right: Mask
-
-    def __call__(self, b, h, i, j):
-        return self.left(b, h, i, j) & self.right(b, h, i, j)
-
-    def at(self, *where):
-        return self.left.at(*where) & self.right.at(*where)
-
-    def classify(self, *bounds):
-        left, right = self.left.classify(*bounds), self.right.classify(*bounds)
-        return _module_of(left, right).minimum(left, right)
-
-
-@_register
-class _Or(Mask):
-    left: Mask
-    right: Mask
-
-    def __call__(self, b, h, i, j):
-        return self.left(b, h, i, j) | self.right(b, h, i, j)
-
-    def at(self, *where):
-        return self.left.at(*where) | self.right.at(*where)
-
-    def classify(self, *bounds):
-        left, right = self.left.classify(*bounds), self.right.classify(*bounds)
-        return _module_of(left, right).maximum(left, right)
-
-
-@_register
-class _Not(Mask):
-    inner: Mask
-
-    def __call__(self, b, h, i, j):
-        return ~self.inner(b, h, i, j)
-
-    def at(self, *where):
-        return ~self.inner.at(*where)
-
-    def classify(self, *bounds):
-        return (FULL - self.inner.classify(*bounds)).astype(np.int8)
+__all__ = [
+    "DEAD",
+    "FULL",
+    "PARTIAL",
+    "Mask",
+    "causal",
+    "dense",
+    "full",
+    "local_window",
+    "mask_mod",
+    "prefix",
+    "prefix_lm_mask",
+    "segment_mask",
+    "sliding_window",
+]
 
 
 def _verdict(dead, full):
     return (FULL * full + PARTIAL * ~(full | dead)).astype(np.int8)
 
 
-@_register
+def _read(array, *index):
+    """The entries at `index`, entry 0 on axes of length 1; a numpy array may be read at traced places, too."""
+    places = tuple(0 if n == 1 else x for n, x in zip(array.shape, index, strict=True))
+    return array_module(array, *places).asarray(array)[places]
+
+
+def _check_lead(what: str, shape, **expected: int) -> None:
+    """ValueError unless the leading axes are 1 or as expected."""
+    if any(size not in (1, want) for size, want in zip(shape, expected.values(), strict=False)):
+        axes = ", ".join(f"{name} {size}" for name, size in expected.items())
+        raise ValueError(f"mask: {what} has shape {tuple(shape)}; expected leading axes of 1 or {axes}")
+
+
+def _check_table(what: str, shape, axis: int, length: int | None) -> None:
+    """ValueError unless positions below `length` (None: any positions) can be read on the axis."""
+    if length is not None and shape[axis] != 1 and shape[axis] < length:
+        raise ValueError(f"mask: {what} has shape {tuple(shape)}; expected 1 or at least {length} on axis {axis}")
+
+
+@register_mask
 class _LocalWindow(Mask):
-    left: int | None = _static()
-    right: int | None = _static()
+    left: int | None = static_field()
+    right: int | None = static_field()
 
     def __call__(self, b, h, i, j):
-        visible = _module_of(i, j).ones(np.broadcast_shapes(np.shape(i), np.shape(j)), bool)
+        visible = array_module(i, j).ones(np.broadcast_shapes(np.shape(i), np.shape(j)), bool)
         if self.right is not None:
             visible = visible & (j <= i + self.right)
         if self.left is not None:
@@ -212,7 +70,7 @@ class _LocalWindow(Mask):
         return visible
 
     def classify(self, i_lo, i_hi, j_lo, j_hi):
-        xp = _module_of(i_lo, i_hi, j_lo, j_hi)
+        xp = array_module(i_lo, i_hi, j_lo, j_hi)
         shape = np.broadcast_shapes(*(np.shape(x) for x in (i_lo, i_hi, j_lo, j_hi)))
         dead, full = xp.zeros(shape, bool), xp.ones(shape, bool)
         if self.right is not None:
@@ -222,24 +80,28 @@ class _LocalWindow(Mask):
         return _verdict(dead, full)
 
 
-@_register
+@register_mask
 class _Prefix(Mask):
     length: Any
 
     def __call__(self, b, h, i, j):
-        length = self.length if np.ndim(self.length) == 0 else self.length[b]
+        length = self.length if np.ndim(self.length) == 0 else _read(self.length, b)
         return (j < length) & (i == i)
+
+    def check(self, batch, num_heads, query_length, key_length):
+        if np.ndim(self.length):
+            _check_lead("prefix length", self.length.shape, batch=batch)
 
     def classify(self, i_lo, i_hi, j_lo, j_hi):
         shape = np.broadcast_shapes(*(np.shape(x) for x in (i_lo, i_hi, j_lo, j_hi)))
-        xp = _module_of(self.length, j_lo, j_hi)
+        xp = array_module(self.length, j_lo, j_hi)
         dead = xp.broadcast_to(j_lo >= xp.max(self.length), shape)
         return _verdict(dead, xp.broadcast_to(j_hi < xp.min(self.length), shape))
 
 
-@_register
+@register_mask
 class _FixedPrefix(Mask):
-    length: int = _static()
+    length: int = static_field()
 
     def __call__(self, b, h, i, j):
         return (j < self.length) & (i == i)
@@ -248,33 +110,52 @@ class _FixedPrefix(Mask):
         return _Prefix(self.length).classify(i_lo, i_hi, j_lo, j_hi)
 
 
-@_register
+@register_mask
 class _Dense(Mask):
     array: Any
 
     def __call__(self, b, h, i, j):
-        index = (b, h, i, j)
-        return self.array[tuple(x if n != 1 else 0 for x, n in zip(index, self.array.shape, strict=True))]
+        return _read(self.array, b, h, i, j)
+
+    def check(self, batch, num_heads, query_length, key_length):
+        _check_lead("dense array", self.array.shape, batch=batch, heads=num_heads)
+        _check_table("dense array", self.array.shape, 2, query_length)
+        _check_table("dense array", self.array.shape, 3, key_length)
 
 
-@_register
+@register_mask
 class _Segments(Mask):
     query_ids: Any
     key_ids: Any
 
     def __call__(self, b, h, i, j):
-        q = self.query_ids[b if self.query_ids.shape[0] != 1 else 0, i]
-        k = self.key_ids[b if self.key_ids.shape[0] != 1 else 0, j]
-        return (q == k) & (q >= 0)
+        query_ids, key_ids = _read(self.query_ids, b, i), _read(self.key_ids, b, j)
+        return (query_ids == key_ids) & (query_ids >= 0)
+
+    def check(self, batch, num_heads, query_length, key_length):
+        sides = (("query_ids", self.query_ids, query_length), ("key_ids", self.key_ids, key_length))
+        for name, ids, length in sides:
+            _check_lead(f"segment {name}", ids.shape, batch=batch)
+            _check_table(f"segment {name}", ids.shape, 1, length)
 
 
-@_register
+@register_mask
 class _MaskMod(Mask):
     aux: Any
-    function: Callable[..., Any] = _static()
+    function: Callable[..., Any] = static_field()
 
     def __call__(self, b, h, i, j):
-        return self.function(b, h, i, j, self.aux)
+        visible = self.function(b, h, i, j, self.aux)
+        visible = visible if isinstance(visible, jax.Array) else np.asarray(visible)
+        if visible.dtype != bool:
+            raise TypeError(f"mask_mod: {self.function} must return booleans, got {visible.dtype}")
+        return visible
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise ValueError(f"{name} must be an int >= {least}, got {value!r}")
+    return int(value)
 
 
 def full() -> Mask:
@@ -317,10 +198,10 @@ def local_window(left: int | None, right: int | None) -> Mask:
              [1, 1, 0],
              [0, 1, 1]])
     """
-    for name, side in (("left", left), ("right", right)):
-        if side is not None and side < 0:
-            raise ValueError(f"local_window: {name} must be None or >= 0, got {side}")
-    return _LocalWindow(left, right)
+    sides = (("left", left), ("right", right))
+    return _LocalWindow(
+        *(None if n is None else _whole(f"local_window: {name} (if not None)", n, 0) for name, n in sides)
+    )
 
 
 def sliding_window(window: int, num_sinks: int = 0) -> Mask:
@@ -345,10 +226,8 @@ def sliding_window(window: int, num_sinks: int = 0) -> Mask:
     Source: Longformer (arXiv:2004.05150), Mistral; sinks: Efficient Streaming Language Models with Attention
     Sinks (arXiv:2309.17453).
     """
-    if window < 1:
-        raise ValueError(f"sliding_window: window counts the query itself and must be >= 1, got {window}")
-    if num_sinks < 0:
-        raise ValueError(f"sliding_window: num_sinks must be >= 0, got {num_sinks}")
+    window = _whole("sliding_window: window counts the query itself and", window, 1)
+    num_sinks = _whole("sliding_window: num_sinks", num_sinks, 0)
     recent = _LocalWindow(window - 1, 0)
     return recent if num_sinks == 0 else recent | (causal() & prefix(num_sinks))
 
@@ -368,11 +247,12 @@ def prefix(length) -> Mask:
       array([[1, 0],
              [1, 0]])
     """
-    if np.ndim(length) > 1:
-        raise ValueError(f"prefix: length must be an int or an array [B], got shape {np.shape(length)}")
-    if isinstance(length, int):
-        return _FixedPrefix(length)
-    return _Prefix(length if isinstance(length, jax.Array) else np.asarray(length))
+    if isinstance(length, int | np.integer) and not isinstance(length, bool):
+        return _FixedPrefix(int(length))
+    length = length if isinstance(length, jax.Array) else np.asarray(length)
+    if length.ndim > 1 or not np.issubdtype(length.dtype, np.integer):
+        raise ValueError(f"prefix: length must be an int or integers [B], got {length.dtype} of shape {length.shape}")
+    return _Prefix(length)
 
 
 def prefix_lm_mask(length) -> Mask:
@@ -380,6 +260,15 @@ def prefix_lm_mask(length) -> Mask:
 
     Visible iff j <= i or j < length. Combine with `segment_ids` for packing: positions, and so the prefix, then
     count from each document's start if `query_positions` and `key_positions` do.
+
+    Args:
+      length: an int, or an integer array `[B]` with one length a batch row.
+
+    Returns:
+      The mask.
+
+    Raises:
+      ValueError: `length` is neither.
 
     Example:
       >>> import jattn
@@ -443,6 +332,13 @@ def mask_mod(function: Callable[..., Any], aux: Any = ()) -> Mask:
     Args:
       function: a module-level function (a closure over arrays would be traced anew at every call).
       aux: pytree of the arrays that the function reads.
+
+    Returns:
+      The mask. Nothing is known about its tiles before they are looked at: a layout from `jattn.layouts.from_mask_mod`
+      finds the dead ones once.
+
+    Raises:
+      TypeError: `function` is not callable, or (when called) returns something else than booleans.
 
     Example:
       >>> import jattn

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.softmax.masks import DEAD, FULL, PARTIAL, Mask, _And, _Not, _Or, _Segments
+from jattn.softmax.mask_type import DEAD, FULL, PARTIAL, Mask, _And, _Not, _Or
+from jattn.softmax.masks import _Segments
 from jattn.softmax.predicates import TileBits, TokenSelection, head_entry
 
 __all__ = ["Axis", "Grid", "make_axis", "make_grid", "over_shared_heads", "pairs_of_tiles", "tile_classes"]

@@ -133,10 +133,7 @@ def _visible(problem: Problem, slots: Slots, schedule: Schedule, view: View, til
     if slots.key_tokens is not None:
         terms.append(tile.key_token >= 0)
     if problem.mask is not None:
-        # A mask that holds no arrays looks at positions only, the same for all heads.
-        static = not jax.tree.leaves(problem.mask) and type(problem.mask).__name__ != "_MaskMod"
-        place = (jnp.zeros((1,) * 4, jnp.int32),) * 2 if static else heads
-        terms.append(problem.mask(*place, tile.query_position, tile.key_position))
+        terms.append(problem.mask(*heads, tile.query_position, tile.key_position))
     if problem.query_segments is not None:
         query_ids = read(problem.query_segments[:, None, :, None], view, tile, slots, blocks)
         key_ids = read(problem.key_segments[:, None, None, :], view, tile, slots, blocks)
