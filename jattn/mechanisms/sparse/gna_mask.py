@@ -200,7 +200,7 @@ def gna_layout(mask: Neighborhood, tile: tuple[int, ...] | None = None) -> Block
 
     Args:
         mask: from `gna_mask`, with a finite grid.
-        tile: t, tokens of a tile in each dimension; about 256 in all if not given.
+        tile: t, tokens of a tile in each dimension; 64 in all if not given.
 
     Returns:
         A `BlockLayout` with the order of the tokens as its perms.
@@ -212,7 +212,7 @@ def gna_layout(mask: Neighborhood, tile: tuple[int, ...] | None = None) -> Block
     Source: multi-dimensional tiling as in Generalized Neighborhood Attention (arXiv 2504.16922).
     """
     grid = [int(x) for x in mask.grid if x is not None]
-    default = {1: (256,), 2: (16, 16), 3: (4, 8, 8)}[len(grid)]
+    default = {1: (64,), 2: (8, 8), 3: (4, 4, 4)}[len(grid)]
     sides = tuple(min(t, x) for t, x in zip(default if tile is None else tile, grid, strict=True))
     perm = np.zeros((1,) * (2 * len(grid)), np.int32)
     empty = np.zeros_like(perm, bool)
