@@ -159,7 +159,8 @@ class Entry:
         cost: growth of work and temporary memory; None where it makes no sense (a mask, a task).
         decode: how to generate one token at a time; `""` or a text that starts with `"no"` means not at all, and why.
         example: `example(key, length) -> (args, kwargs)` of a small call of `function`, or a `LayerExample` for a
-            `layer`. It may take a keyword `query_length` when cross inputs cannot be had by shortening the query.
+            `layer`; arrays drawn with numpy (`jattn.mechanisms.examples`) cost no compilation. It may take a keyword
+            `query_length` when cross inputs cannot be had by shortening the query.
         fidelity: `"official code"`, `"paper"`, or `"inferred: which part"`.
         exempt: conformance checks that do not apply, each with its reason.
 

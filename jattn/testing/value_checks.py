@@ -154,14 +154,17 @@ def check_tiles(bench: Workbench) -> str:
 def check_effect(bench: Workbench) -> str:
     """A score mod changes the output, which stays finite and keeps the query's dtype."""
     mod, inputs = _score_mod_call(bench)
+
+    @quick_jit
+    def run(inputs: dict[str, Any], mod: ScoreMod | None) -> Any:
+        return dot_product_attention(**inputs, score_mod=mod, is_causal=_causal(bench))
+
     for dtype in (jnp.float32, jnp.bfloat16):
-        typed = cast(inputs, dtype)
-        out = dot_product_attention(**typed, score_mod=mod, is_causal=_causal(bench))
-        if out.dtype != dtype or not bool(jnp.isfinite(out).all()):
-            raise Failed(
-                f"with {jnp.dtype(dtype)} inputs the output is {out.dtype}, finite: {bool(jnp.isfinite(out).all())}"
-            )
-    if np.array_equal(out, dot_product_attention(**typed, is_causal=_causal(bench))):
+        out = np.asarray(run(cast(inputs, dtype), mod))
+        finite = bool(np.isfinite(out.astype(np.float32)).all())
+        if out.dtype != dtype or not finite:
+            raise Failed(f"with {jnp.dtype(dtype)} inputs the output is {out.dtype}, finite: {finite}")
+    if np.array_equal(out, run(cast(inputs, jnp.bfloat16), None)):
         raise Failed("the output is the same without it")
     return ""
 
