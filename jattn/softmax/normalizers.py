@@ -84,10 +84,8 @@ class Softmax(Normalizer):
     def weights(self, logits, visible, count):
         """Dense weights; see the base class."""
         masked = jnp.where(visible, logits, -jnp.inf)
-        maximum = jax.lax.stop_gradient(masked.max(-1, keepdims=True))
-        raw = jnp.exp(masked - jnp.where(jnp.isfinite(maximum), maximum, 0))
-        total = raw.sum(-1, keepdims=True)
-        return raw / jnp.where(total == 0, 1, total)
+        alive = masked.max(-1, keepdims=True) > -jnp.inf
+        return jnp.where(alive, jax.nn.softmax(jnp.where(alive, masked, 0)), 0)
 
     def update(self, state: StreamState, logits, visible, value) -> StreamState:
         """The online softmax step; see the base class."""

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jattn.softmax.normalizers import Softmax
 from jattn.softmax.problem import Problem, dense_visibility, drop_pairs, modify_logits, offset_tile, positions
 
 
@@ -42,7 +43,8 @@ def _without_unseen(problem: Problem, visible):
     if xp is jnp or not seen_key.all():
         seen = jnp.swapaxes(jnp.asarray(seen_key), 1, 2)[..., None]
         key, value = jnp.where(seen, key, 0), jnp.where(seen, value, 0)
-    if xp is jnp or not seeing_query.all():
+    # A mask without a query axis hides all keys or none: with the keys zero, such rows are 0 by themselves.
+    if visible.shape[2] != 1 and (xp is jnp or not seeing_query.all()):
         seeing = jnp.swapaxes(jnp.asarray(seeing_query), 1, 2)[..., None]
         return jnp.where(seeing, query, 0), key, value, seeing
     return query, key, value, None
@@ -51,10 +53,12 @@ def _without_unseen(problem: Problem, visible):
 def _masked_logits(problem: Problem, query, key, visible):
     batch, length, source, num_heads, kv_heads = problem.sizes
     dtype = problem.compute_dtype
-    grouped = query.reshape(batch, length, kv_heads, num_heads // kv_heads, -1)
-    logits = jnp.einsum(
-        "btkgd,bskd->bkgts", grouped, key, precision=problem.precision, preferred_element_type=dtype
-    ).reshape(batch, num_heads, length, source)
+    how = {"precision": problem.precision, "preferred_element_type": dtype}
+    if num_heads == kv_heads:
+        logits = jnp.einsum("btnd,bsnd->bnts", query, key, **how)
+    else:
+        grouped = query.reshape(batch, length, kv_heads, num_heads // kv_heads, -1)
+        logits = jnp.einsum("btkgd,bskd->bkgts", grouped, key, **how).reshape(batch, num_heads, length, source)
     logits = logits * jnp.asarray(problem.scale, dtype)
     modified = problem.logit_soft_cap is not None or problem.score_mod is not None
     if visible is not None and modified:
@@ -89,7 +93,10 @@ def _normalize(problem: Problem, logits, visible, return_residual):
     count = None
     if problem.normalizer.needs_count:
         count = jnp.broadcast_to(shown, (*shown.shape[:3], logits.shape[3])).sum(-1, keepdims=True)
-    weights = problem.normalizer.weights(logits, shown, count)
+    if isinstance(problem.normalizer, Softmax) and problem.bias is None and problem.score_mod is None:
+        weights = _finite_softmax(logits, visible)
+    else:
+        weights = problem.normalizer.weights(logits, shown, count)
     if not return_residual:
         return weights, None
     masked = jnp.where(shown, logits, -jnp.inf)
@@ -98,10 +105,22 @@ def _normalize(problem: Problem, logits, visible, return_residual):
     return weights, jnp.where(alive, lse, -jnp.inf)
 
 
+def _finite_softmax(logits, visible):
+    """Softmax of finite logits: hidden ones get a value that is finite too, and far below.
+
+    A row that sees nothing then holds equal weights instead of NaN; its output is zeroed at the end, which is cheaper
+    than guarding all weights. A bias or a score mod may hide visible keys with -inf and takes the general way.
+    """
+    if visible is None:
+        return jax.nn.softmax(logits)
+    return jax.nn.softmax(jnp.where(visible, logits, -0.7 * jnp.finfo(logits.dtype).max))
+
+
 def _mix(problem: Problem, weights, value):
     batch, length, source, num_heads, kv_heads = problem.sizes
-    grouped = weights.reshape(batch, kv_heads, num_heads // kv_heads, length, source).astype(value.dtype)
-    out = jnp.einsum(
-        "bkgts,bskd->btkgd", grouped, value, precision=problem.precision, preferred_element_type=problem.compute_dtype
-    )
-    return out.reshape(batch, length, num_heads, -1)
+    weights = weights.astype(value.dtype)
+    how = {"precision": problem.precision, "preferred_element_type": problem.compute_dtype}
+    if num_heads == kv_heads:
+        return jnp.einsum("bnts,bsnd->btnd", weights, value, **how)
+    grouped = weights.reshape(batch, kv_heads, num_heads // kv_heads, length, source)
+    return jnp.einsum("bkgts,bskd->btkgd", grouped, value, **how).reshape(batch, length, num_heads, -1)
