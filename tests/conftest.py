@@ -24,7 +24,9 @@ HOOKED = (
     "jattn.recurrence",
     "jattn.softmax.blockwise",
     "jattn.softmax.compilers",
+    "jattn.softmax.dropout",
     "jattn.softmax.gather",
+    "jattn.softmax.merge",
     "jattn.softmax.reference",
     "jattn.softmax.topk",
 )
