@@ -15,9 +15,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
-# Where jaxtyping annotations are checked at run time, with beartype. Public functions take array-likes and validate
-# themselves with errors of their own, and pytree dataclasses must stay free to hold anything (vmap and tree.map put
-# tracers, axes and None into them), so neither kind of module stands here.
+# Where annotations are checked at run time, with beartype. Public functions take array-likes and validate themselves
+# with errors of their own, so they do not stand here.
 HOOKED = (
     "jattn.layers",
     "jattn.models",
@@ -30,17 +29,18 @@ HOOKED = (
     "jattn.softmax.reference",
     "jattn.softmax.topk",
 )
-UNHOOKED = ()
+# Pytree dataclasses must stay free to hold anything: vmap and tree.map put tracers, axes and None into them.
+PYTREE = "register_dataclass"
 
 
 def modules_to_hook() -> list[str]:
-    """The modules that HOOKED covers and UNHOOKED does not, found by file name, so that nothing is imported."""
+    """The modules that HOOKED covers and that define no pytree, found by reading files, so that nothing is imported."""
     names = []
     for path in sorted((ROOT / "jattn").rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         name = ".".join(parts)
         below = any(name == hooked or name.startswith((hooked + ".", hooked + "_")) for hooked in HOOKED)
-        if below and parts[-1] != "__init__" and name not in UNHOOKED:
+        if below and parts[-1] != "__init__" and PYTREE not in path.read_text(encoding="utf-8"):
             names.append(name)
     return names
 

@@ -7,7 +7,11 @@ import subprocess
 import sys
 import tomllib
 
+import jaxtyping
+import pytest
+
 import jattn
+from jattn.layers import adapters
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,6 +34,11 @@ def test_import_leaves_alone_what_is_used_elsewhere():
 def test_import_does_not_read_the_catalogue():
     loaded = _python("import sys, jattn; print(*sys.modules)").split()
     assert not [name for name in loaded if name.startswith(("jattn.mechanisms.", "jattn.catalog", "jattn.models"))]
+
+
+def test_annotations_of_internals_are_checked():
+    with pytest.raises(jaxtyping.TypeCheckError):
+        adapters._one_batch_axis("no array", (1,))
 
 
 def test_version_is_that_of_the_distribution():
