@@ -50,6 +50,7 @@ class Problem:
     logit_soft_cap: float | None = _static(None)
     dropout_rate: float = _static(0.0)
     precision: Any = _static(None)
+    self_segments: bool = _static(False)
     block_sizes: tuple[int, int] | None = _static(None)
 
 

@@ -22,7 +22,9 @@ from jattn.softmax.tiling import Grid, make_axis, tile_classes
 class Schedule:
     """Lists `[Bb, Hb, nQ(, M)]` of key tiles by query tile; `code` `[Bb, Hb, nQ, nK]` is what they were made from.
 
-    `any_full` and `any_partial` are False only if no such tile can exist, so that no program is built for it.
+    `any_full` and `any_partial` are False only if no such tile can exist, so that no program is built for it. `guard`
+    says how a partial tile finds what nobody may see: "none" (everybody sees itself), "segments" (all but padding
+    sees itself) or "tile" (by the tile's own pairs).
     """
 
     full_count: Any
@@ -34,6 +36,7 @@ class Schedule:
     key_block: int = dataclasses.field(metadata={"static": True})
     any_full: bool = dataclasses.field(metadata={"static": True})
     any_partial: bool = dataclasses.field(metadata={"static": True})
+    guard: str = dataclasses.field(metadata={"static": True})
 
 
 def default_blocks(length: int, source: int) -> tuple[int, int]:
@@ -64,7 +67,21 @@ def make_schedule(problem: Problem, one_head: bool) -> Schedule:
         *blocks,
         any_full=bool((code == FULL).any()) if known else True,
         any_partial=bool((code == PARTIAL).any()) if known else True,
+        guard=_guard(problem),
     )
+
+
+def _guard(problem: Problem) -> str:
+    _, length, source, _, _ = problem.sizes
+    other = problem.layout is not None or problem.mask_arrays or jax.tree.leaves(problem.mask)
+    if other or length != source or problem.query_positions is not None or problem.key_positions is not None:
+        return "tile"
+    own = np.arange(length)
+    if problem.mask is not None and not np.all(problem.mask(0, 0, own, own)):
+        return "tile"
+    if problem.query_segments is None:
+        return "none"
+    return "segments" if problem.self_segments else "tile"
 
 
 def _code(problem: Problem, one_head: bool):

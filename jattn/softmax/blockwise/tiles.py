@@ -29,7 +29,11 @@ class View(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Place of a tile: first row and column, tokens and positions of its slots, visibility (None: all visible)."""
+    """Place of a tile: first row and column, tokens and positions of its slots, visibility (None: all visible).
+
+    `seeing` `[nb|1, nh|1, Bq, 1]` and `seen` `[nb|1, nk|1, Bk, 1]` tell which queries see something and which keys are
+    seen by somebody; None where nothing needs to be hidden from a product.
+    """
 
     row: Any
     column: Any
@@ -38,6 +42,8 @@ class Tile(NamedTuple):
     query_position: Any
     key_position: Any
     visible: Any
+    seeing: Any = None
+    seen: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +104,22 @@ def make_tile(problem: Problem, slots: Slots, schedule: Schedule, view: View, i,
     tile = Tile(row, column, query_token, key_token, query_position, key_position, None)
     if not partial:
         return tile
-    return tile._replace(visible=_visible(problem, slots, schedule, view, tile, i, j, rows, columns))
+    visible = _visible(problem, slots, schedule, view, tile, i, j, rows, columns)
+    if schedule.guard == "none":
+        return tile._replace(visible=visible)
+    if schedule.guard == "segments":
+        query_ids, key_ids = _segments(problem, view, tile, slots, blocks)
+        return tile._replace(visible=visible, seeing=query_ids >= 0, seen=jnp.swapaxes(key_ids, 2, 3) >= 0)
+    seen = visible.any(-2)[..., None]
+    if seen.shape[1] != 1:
+        seen = seen.reshape(seen.shape[0], view.kv_heads, view.group, -1, 1).any(2)
+    return tile._replace(visible=visible, seeing=visible.any(-1, keepdims=True), seen=seen)
+
+
+def _segments(problem: Problem, view: View, tile: Tile, slots: Slots, blocks):
+    """Segment ids of the tile's queries `[nb|1, 1, Bq, 1]` and keys `[nb|1, 1, 1, Bk]`."""
+    query_ids = read(problem.query_segments[:, None, :, None], view, tile, slots, blocks)
+    return query_ids, read(problem.key_segments[:, None, None, :], view, tile, slots, blocks)
 
 
 def _slot_counts(problem: Problem, slots: Slots) -> tuple[int, int]:
@@ -135,8 +156,7 @@ def _visible(problem: Problem, slots: Slots, schedule: Schedule, view: View, til
     if problem.mask is not None:
         terms.append(problem.mask(*heads, tile.query_position, tile.key_position))
     if problem.query_segments is not None:
-        query_ids = read(problem.query_segments[:, None, :, None], view, tile, slots, blocks)
-        key_ids = read(problem.key_segments[:, None, None, :], view, tile, slots, blocks)
+        query_ids, key_ids = _segments(problem, view, tile, slots, blocks)
         terms.append((query_ids == key_ids) & (query_ids >= 0))
     terms += [read(array, view, tile, slots, blocks) for array in problem.mask_arrays]
     if problem.layout is not None:
@@ -181,7 +201,7 @@ def token_index(array, view: View, tile: Tile):
 
 
 class Sides(NamedTuple):
-    """Scaled queries `[nb, nk, group, Bq, D]`, keys and values `[nb, nk, Bk, ...]` of a tile, and which rows see something.
+    """Scaled queries `[nb, nk, group, Bq, D]`, keys and values `[nb, nk, Bk, ...]` of a tile.
 
     What nobody in the tile may see is zero already: 0 * NaN is NaN, so it must be gone before any product.
     """
@@ -189,21 +209,17 @@ class Sides(NamedTuple):
     query: Any
     key: Any
     value: Any
-    seeing: Any
 
 
 def tile_sides(problem: Problem, view: View, tile: Tile, values: dict[str, Any]) -> Sides:
     """Both sides of a tile, ready for the products."""
     query, key, value = values["query"], values["key"], values["value"]
-    seeing = None
-    if tile.visible is not None:
-        seeing = tile.visible.any(-1, keepdims=True)
-        seen = tile.visible.any(-2)[..., None]
-        if seen.shape[1] != 1:
-            seen = seen.reshape(seen.shape[0], view.kv_heads, view.group, -1, 1).any(2)
-        query, key, value = jnp.where(seeing, query, 0), jnp.where(seen, key, 0), jnp.where(seen, value, 0)
+    if tile.seeing is not None:
+        query, key, value = (
+            jnp.where(there, x, 0) for there, x in ((tile.seeing, query), (tile.seen, key), (tile.seen, value))
+        )
     grouped = (query * problem.scale).reshape(view.rows, view.kv_heads, view.group, *query.shape[2:])
-    return Sides(grouped, key, value, seeing)
+    return Sides(grouped, key, value)
 
 
 def products(problem: Problem, view: View, sides: Sides):
@@ -274,9 +290,9 @@ def tile_terms(problem: Problem, view: View, tile: Tile, phi: Phi, values: dict[
 def _terms(problem: Problem, view: View, tile: Tile, phi: Phi, logits, sides: Sides, values: dict[str, Any]):
     raw = phi(modified(problem, view, tile, logits, values), tile.visible, values.get("rows", {}))
     weighted, total = mix(problem, view, tile, raw, sides.value), raw.sum(-1)
-    if sides.seeing is not None:
+    if tile.seeing is not None:
         # Also a cotangent that is NaN in a row that sees nothing stops here.
-        weighted, total = jnp.where(sides.seeing, weighted, 0), jnp.where(sides.seeing[..., 0], total, 0)
+        weighted, total = jnp.where(tile.seeing, weighted, 0), jnp.where(tile.seeing[..., 0], total, 0)
     return weighted, total
 
 
