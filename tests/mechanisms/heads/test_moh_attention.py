@@ -7,11 +7,18 @@ from flax import nnx
 from jattn import masks
 from jattn.cache import FullCache
 from jattn.layers import MultiHeadAttention, Rope
-from jattn.mechanisms.heads.moh_attention import MohAttention, moh_balance_loss, moh_gates, moh_norm_gates
+from jattn.mechanisms.heads import moh_attention as module
+from jattn.mechanisms.heads.moh_attention import MohAttention
+
+# Under jit everything compiles once a shape, not operation by operation.
+moh_gates = jax.jit(module.moh_gates, static_argnames=("num_shared", "num_active", "rescale"))
+moh_norm_gates = jax.jit(module.moh_norm_gates, static_argnames=("num_shared", "num_active", "straight_through"))
+moh_balance_loss = jax.jit(module.moh_balance_loss)
+run = nnx.jit(lambda layer, x, **options: layer(x, **options))
 
 
 def normal(seed, *shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def make(features=16, heads=4, seed=0, **options):
@@ -30,7 +37,7 @@ def plain(layer, x, **options):
     twin = MultiHeadAttention(16, 4, rngs=nnx.Rngs(9))
     for name in ("query", "key", "value", "out"):
         setattr(twin, name, getattr(layer, name))
-    return twin(x, **options).output
+    return run(twin, x, **options).output
 
 
 def kernels(routed, shared, mixed, features=5, dtype=jnp.float32):
@@ -75,17 +82,17 @@ def test_gradients_of_the_gates_in_float64():
             return (found.gates * jnp.cos(jnp.arange(6.0))).sum() + loss
 
         gradients = jax.jit(jax.grad(f, (0, 1, 2, 3)))(*arguments)
-        run = jax.jit(f)
+        value = jax.jit(f)
         for n, gradient in enumerate(gradients):
             step = 1e-5 * normal(n + 20, *gradient.shape, dtype=jnp.float64)
-            ends = [run(*(x + sign * step if m == n else x for m, x in enumerate(arguments))) for sign in (1, -1)]
+            ends = [value(*(x + sign * step if m == n else x for m, x in enumerate(arguments))) for sign in (1, -1)]
             np.testing.assert_allclose((gradient * step).sum(), (ends[0] - ends[1]) / 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("shared", "active"), [(2, 2), (1, 3), (0, 4), (4, 0)])
 def test_a_router_of_zeros_with_all_heads_is_multi_head_attention(shared, active):
     layer, x = zero_router(make(num_shared=shared, num_active=active)), normal(1, 2, 5, 16)
-    out, _, aux = layer(x, mask=masks.causal())
+    out, _, aux = run(layer, x, mask=masks.causal())
     np.testing.assert_allclose(out, plain(layer, x, mask=masks.causal()), atol=1e-5)
     assert set(aux) == ({"balance_loss", "head_load"} if active else set())
 
@@ -98,13 +105,13 @@ def test_ties_choose_the_first_heads_and_open_them_fully():
 
 def test_permuting_routed_heads_changes_nothing():
     layer, x = make(num_shared=2, num_active=1, heads=5, head_dim=4), normal(1, 2, 6, 16)
-    before = layer(x, mask=masks.causal()).output
+    before = run(layer, x, mask=masks.causal()).output
     order = np.array([0, 1, 4, 2, 3])
     for projection in (layer.query, layer.key, layer.value):
         projection.kernel.set_value(projection.kernel.get_value()[:, order])
     layer.out.kernel.set_value(layer.out.kernel.get_value()[order])
     layer.routed_kernel.set_value(layer.routed_kernel.get_value()[:, order[2:] - 2])
-    np.testing.assert_allclose(layer(x, mask=masks.causal()).output, before, atol=1e-5)
+    np.testing.assert_allclose(run(layer, x, mask=masks.causal()).output, before, atol=1e-5)
 
 
 def test_balance_loss():
@@ -127,12 +134,12 @@ def test_padding_is_left_out_of_the_loss_and_of_every_gradient():
         out, _, aux = m(x, mask=masks.causal(), segment_ids=ids)
         return (out**2).sum() + aux["balance_loss"], (out, aux)
 
-    run = nnx.jit(nnx.grad(total, has_aux=True))
-    one, other = run(layer, x), run(layer, x.at[:, 4:].set(1e6))
+    slope = nnx.jit(nnx.grad(total, has_aux=True))
+    one, other = slope(layer, x), slope(layer, x.at[:, 4:].set(1e6))
     for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-6)
     np.testing.assert_array_equal(one[1][0][:, 4:], 0)
-    _, _, alone = layer(x[:, :4], mask=masks.causal())
+    _, _, alone = run(layer, x[:, :4], mask=masks.causal())
     for name, value in alone.items():
         np.testing.assert_allclose(one[1][1][name], value, rtol=1e-5)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(one[0]))
@@ -148,20 +155,20 @@ def test_the_norm_router_opens_the_largest_queries():
     expected = np.argsort(np.argsort(-norms, -1), -1) < 2
     np.testing.assert_array_equal(found.gates, np.concatenate([np.ones((2, 5, 1)), expected], -1))
     assert layer.routed_kernel is None
-    hard = jax.grad(lambda q: moh_norm_gates(q, num_shared=1, num_active=2).gates[..., 2].sum())
+    hard = jax.jit(jax.grad(lambda q: moh_norm_gates(q, num_shared=1, num_active=2).gates[..., 2].sum()))
     soft = jax.grad(lambda q: moh_norm_gates(q, num_shared=1, num_active=2, straight_through=True).gates[..., 2].sum())
     np.testing.assert_array_equal(hard(layer.query(x)), 0)
     assert np.abs(soft(layer.query(x))).max() > 0
     assert np.isfinite(soft(jnp.zeros((1, 2, 4, 3)))).all()
     own = make(num_shared=2, num_active=2, router="norm")
-    np.testing.assert_allclose(own(x).output, plain(own, x), atol=1e-5)
+    np.testing.assert_allclose(run(own, x).output, plain(own, x), atol=1e-5)
 
 
 @pytest.mark.parametrize("router", ["learned", "norm"])
 def test_decoding_equals_the_whole(router):
     layer = make(num_shared=2, num_active=1, num_kv_heads=2, router=router, position=Rope())
     x = normal(1, 2, 6, 16)
-    whole = layer(x, mask=masks.causal()).output
+    whole = run(layer, x, mask=masks.causal()).output
     policy = FullCache(8)
     cache, rows = layer.init_cache(policy, 2), []
     step = nnx.jit(lambda m, x, cache: m(x, cache=(policy, cache))[:2])

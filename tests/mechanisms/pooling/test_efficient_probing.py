@@ -5,11 +5,15 @@ import pytest
 from flax import nnx
 
 import jattn
-from jattn.mechanisms.pooling.efficient_probing import EfficientProbing, efficient_probing
+from jattn.mechanisms.pooling import efficient_probing as module
+from jattn.mechanisms.pooling.efficient_probing import EfficientProbing
+
+# Under jit everything compiles once a shape, not operation by operation.
+efficient_probing = jax.jit(module.efficient_probing)
 
 
 def normal(seed, *shape, dtype=jnp.float32):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def arguments(queries=4, width=8, dtype=jnp.float32):
@@ -70,7 +74,7 @@ def test_order_and_hidden_tokens_do_not_matter():
         out = efficient_probing(x, u, w, mask=mask)
         return (out**2).sum(), out
 
-    gradients, padded = jax.grad(total, (0, 1, 2), has_aux=True)(longer, u, w)
+    gradients, padded = jax.jit(jax.grad(total, (0, 1, 2), has_aux=True))(longer, u, w)
     np.testing.assert_allclose(padded, out, atol=1e-6)
     np.testing.assert_array_equal(gradients[0][:, 5:], 0)
     assert all(np.isfinite(g).all() for g in gradients)
@@ -87,11 +91,12 @@ def test_layer_and_probe_head():
     probe = EfficientProbing(8, num_queries=2, num_classes=3, rngs=nnx.Rngs(0))
     pooled = efficient_probing(x, probe.queries.get_value(), probe.value_kernel.get_value())
     centered = (pooled - pooled.mean(0)) / jnp.sqrt(pooled.var(0) + 1e-6)
-    np.testing.assert_allclose(probe(x, deterministic=False), probe.classifier(centered), atol=1e-3)
+    logits = nnx.jit(lambda m, x: m(x, deterministic=False))(probe, x)
+    np.testing.assert_allclose(logits, probe.classifier(centered), atol=1e-3)
     np.testing.assert_allclose(probe.norm.mean.get_value(), 0.1 * pooled.mean(0), atol=1e-5)
     assert probe(x).shape == (6, 3)
     assert len(jax.tree.leaves(nnx.state(probe, nnx.Param))) == 4
-    gradients = nnx.grad(lambda m: pool_loss(m, x))(probe)
+    gradients = nnx.jit(nnx.grad(pool_loss))(probe, x)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
 
 

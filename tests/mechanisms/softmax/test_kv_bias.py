@@ -8,14 +8,19 @@ import jattn
 from jattn import masks
 from jattn.cache import FullCache
 from jattn.layers import Rope
-from jattn.mechanisms.softmax.kv_bias import KvBias, kv_bias
+from jattn.mechanisms.softmax import kv_bias as module
+from jattn.mechanisms.softmax.kv_bias import KvBias
 from jattn.mechanisms.softmax.pointwise_attention import pointwise_attention
+
+# Under jit everything compiles once a shape, not operation by operation.
+kv_bias = jax.jit(module.kv_bias, static_argnames=("is_causal", "logit_soft_cap", "return_residual"))
+attend = nnx.jit(lambda layer, *tokens, **options: layer(*tokens, **options).output)
 
 
 def tensors(seed=0, length=6, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), 5)
     shapes = [(2, length, 4, 4), (2, length, 2, 4), (2, length, 2, 3), (2, 4), (2, 3)]
-    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])
@@ -108,7 +113,7 @@ def test_poisoned_padding_reaches_nothing():
 @pytest.mark.parametrize("mode", ["k", "kv", "v"])
 def test_layer(mode):
     layer = KvBias(16, 4, num_kv_heads=2, mode=mode, shared=mode == "k", position=Rope(), rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(1), (2, 6, 16))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 16)), jnp.float32)
     own = {}
     for name in ("key_bias", "value_bias"):
         parameter = getattr(layer, name)
@@ -118,10 +123,10 @@ def test_layer(mode):
             parameter.set_value(30 * parameter.get_value())
             own[name] = parameter.get_value()
     query, key = Rope().rotate(layer.query(x), layer.key(x), jnp.arange(6), jnp.arange(6))
-    whole = layer(x, mask=masks.causal()).output
+    whole = attend(layer, x, mask=masks.causal())
     expected = layer.out(kv_bias(query, key, layer.value(x), is_causal=True, **own))
     np.testing.assert_allclose(whole, expected, atol=1e-5)
-    gradients = nnx.grad(lambda m: (m(x, mask=masks.causal()).output ** 2).sum())(layer)
+    gradients = nnx.jit(nnx.grad(lambda m: (m(x, mask=masks.causal()).output ** 2).sum()))(layer)
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradients))
 
     policy = FullCache(8)

@@ -6,15 +6,30 @@ import pytest
 import jattn
 from jattn import masks
 from jattn.layers import Rope, rope
+from jattn.mechanisms.softmax import softmax_attention as module
 from jattn.mechanisms.softmax.alibi import Alibi, alibi_slopes
-from jattn.mechanisms.softmax.softmax_attention import softmax_attention
 from jattn.mechanisms.softmax.t5_bias import t5_bucket
+
+# Under jit everything compiles once a shape, not operation by operation.
+softmax_attention = jax.jit(
+    module.softmax_attention,
+    static_argnames=(
+        "is_causal",
+        "position",
+        "t5_max_distance",
+        "t5_bidirectional",
+        "logit_soft_cap",
+        "dropout_rate",
+        "local_window_size",
+        "return_residual",
+    ),
+)
 
 
 def tensors(seed=0, length=6, source=None, heads=4, kv_heads=2, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), 3)
     shapes = [(2, length, heads, 4), (2, source or length, kv_heads, 4), (2, source or length, kv_heads, 3)]
-    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
 def truth(q, k, v, bias=0.0, visible=True):
@@ -51,7 +66,7 @@ def test_is_the_engine():
 def test_positions_in_float64_with_every_gradient(is_causal):
     with jax.enable_x64(True):
         q, k, v = tensors(source=7, dtype=jnp.float64)
-        slopes, table = jnp.asarray(alibi_slopes(4)), jax.random.normal(jax.random.key(9), (8, 4), jnp.float64)
+        slopes, table = jnp.asarray(alibi_slopes(4)), jnp.asarray(np.random.default_rng(9).normal(size=(8, 4)))
         offset, visible = relative(6, 7, is_causal)
         buckets = t5_bucket(offset, num_buckets=8, max_distance=6, bidirectional=not is_causal)
         t5 = {"position": "t5", "t5_max_distance": 6, "t5_bidirectional": not is_causal}

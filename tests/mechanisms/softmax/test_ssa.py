@@ -8,13 +8,24 @@ import jattn
 from jattn import masks
 from jattn.cache import FullCache
 from jattn.layers import Rope
-from jattn.mechanisms.softmax.ssa import Ssa, ssa, ssa_position_only
+from jattn.mechanisms.softmax import ssa as module
+from jattn.mechanisms.softmax.ssa import Ssa
+
+# Under jit everything compiles once a shape, not operation by operation.
+ssa, ssa_position_only = (
+    jax.jit(function, static_argnames=("is_causal", "form", "logit_soft_cap"))
+    for function in (module.ssa, module.ssa_position_only)
+)
+attend = nnx.jit(lambda layer, *tokens, **options: layer(*tokens, **options).output)
 
 
 def tensors(seed=0, length=6, source=None, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), 3)
     shapes = [(2, length, 4, 4), (2, source or length, 2, 4), (2, source or length, 2, 3)]
-    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+    return [normal(seed + n, *shape, dtype=dtype) for n, shape in enumerate(shapes)]
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def make(seed=0, **options):
@@ -22,7 +33,7 @@ def make(seed=0, **options):
     layer = Ssa(16, 4, num_kv_heads=2, alpha=options.pop("alpha", 0.7), rngs=nnx.Rngs(seed), **options)
     if layer.token == "shared":
         for n, token in enumerate((layer.query_token, layer.value_token)):
-            token.set_value(0.5 * jax.random.normal(jax.random.key(n + 7), token.get_value().shape))
+            token.set_value(normal(n + 7, *token.get_value().shape) / 2)
     return layer
 
 
@@ -31,7 +42,7 @@ def test_float64_with_every_gradient(form):
     gate = {"paper": jax.nn.sigmoid, "code": lambda b: jnp.exp(-jnp.exp(b)), "no_func": lambda b: b}[form]
     with jax.enable_x64(True):
         q, k, v = tensors(dtype=jnp.float64)
-        rows = jax.random.uniform(jax.random.key(5), (2, 2, 6), jnp.float64)
+        rows = jnp.asarray(np.random.default_rng(5).uniform(size=(2, 2, 6)))
         alpha = jnp.array([0.3, -0.5, 0.1, 0.9])
 
         def definition(q, k, v, alpha, token, weight):
@@ -146,28 +157,28 @@ def test_attention_to_a_needle_does_not_dilute():
 @pytest.mark.parametrize("token", ["shared", "mlp", "none"])
 def test_layer_starts_as_plain_attention(token):
     layer = Ssa(16, 4, num_kv_heads=2, alpha=-np.inf, token=token, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(1), (2, 5, 16))
+    x = normal(1, 2, 5, 16)
     query, key, value = layer.query(x), layer.key(x), layer.value(x)
     plain = layer.out(jattn.dot_product_attention(query, key, value, is_causal=True))
-    np.testing.assert_allclose(layer(x, mask=masks.causal()).output, plain, atol=1e-6)
+    np.testing.assert_allclose(attend(layer, x, mask=masks.causal()), plain, atol=1e-6)
 
 
 def test_layer_is_its_definition_in_cross_attention():
     layer = make(context_features=6, per_head=True)
-    x, c = (jax.random.normal(jax.random.key(n), (2, 3 + n, 16 - 10 * n)) for n in (0, 1))
+    x, c = normal(0, 2, 3, 16), normal(1, 2, 4, 6)
     query, key, value = layer.query(x), layer.key(c), layer.value(c)
     q_hidden, v_hidden = (jax.nn.gelu(h, approximate=False) for h in (query, value))
     token = jnp.tanh(jnp.einsum("btnd,nd->bt", q_hidden, layer.query_token.get_value()))
     weight = 1 + jnp.tanh(jnp.einsum("bskd,kd->bs", v_hidden, layer.value_token.get_value()))
     assert layer.alpha.get_value().shape == (4,)
     o = ssa(query, key, value, alpha=0.7, token_temperature=token, value_temperature=weight)
-    np.testing.assert_allclose(layer(x, c).output, layer.out(o), atol=1e-6)
+    np.testing.assert_allclose(attend(layer, x, c), layer.out(o), atol=1e-6)
 
 
 @pytest.mark.parametrize("token", ["shared", "mlp"])
 def test_layer_gradients_reach_every_parameter(token):
-    layer, x = make(token=token), jax.random.normal(jax.random.key(1), (2, 5, 16))
-    gradients = nnx.grad(lambda m: (m(x, mask=masks.causal()).output ** 2).sum())(layer)
+    layer, x = make(token=token), normal(1, 2, 5, 16)
+    gradients = nnx.jit(nnx.grad(lambda m: (m(x, mask=masks.causal()).output ** 2).sum()))(layer)
     flat = jax.tree_util.tree_leaves_with_path(gradients)
     zero = [jax.tree_util.keystr(path) for path, leaf in flat if not np.abs(leaf).max() > 0]
     # Behind a last layer of zeros the first one has no gradient yet.
@@ -175,8 +186,8 @@ def test_layer_gradients_reach_every_parameter(token):
 
 
 def test_decoding_equals_the_whole():
-    layer, x = make(position=Rope()), jax.random.normal(jax.random.key(1), (2, 6, 16))
-    whole = layer(x, mask=masks.causal()).output
+    layer, x = make(position=Rope()), normal(1, 2, 6, 16)
+    whole = attend(layer, x, mask=masks.causal())
     policy = FullCache(8)
     cache, rows = layer.init_cache(policy, 2), []
     step = nnx.jit(lambda m, x, cache: m(x, cache=(policy, cache))[:2])
