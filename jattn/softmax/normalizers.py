@@ -84,7 +84,7 @@ class Softmax(Normalizer):
     def weights(self, logits, visible, count):
         """Dense weights; see the base class."""
         masked = jnp.where(visible, logits, -jnp.inf)
-        alive = masked.max(-1, keepdims=True) > -jnp.inf
+        alive = masked.max(-1, keepdims=True) != -jnp.inf
         return jnp.where(alive, jax.nn.softmax(jnp.where(alive, masked, 0)), 0)
 
     def update(self, state: StreamState, logits, visible, value) -> StreamState:

@@ -43,8 +43,10 @@ def _without_unseen(problem: Problem, visible):
     if xp is jnp or not seen_key.all():
         seen = jnp.swapaxes(jnp.asarray(seen_key), 1, 2)[..., None]
         key, value = jnp.where(seen, key, 0), jnp.where(seen, value, 0)
-    # A mask without a query axis hides all keys or none: with the keys zero, such rows are 0 by themselves.
-    if visible.shape[2] != 1 and (xp is jnp or not seeing_query.all()):
+    # A mask without a query axis hides all keys of a row or none: with the keys zero, such rows are 0 by themselves,
+    # unless another head of the group sees those keys.
+    by_itself = visible.shape[2] == 1 and (visible.shape[1] == 1 or num_heads == kv_heads)
+    if not by_itself and (xp is jnp or not seeing_query.all()):
         seeing = jnp.swapaxes(jnp.asarray(seeing_query), 1, 2)[..., None]
         return jnp.where(seeing, query, 0), key, value, seeing
     return query, key, value, None
@@ -100,7 +102,7 @@ def _normalize(problem: Problem, logits, visible, return_residual):
     if not return_residual:
         return weights, None
     masked = jnp.where(shown, logits, -jnp.inf)
-    alive = masked.max(-1) > -jnp.inf
+    alive = masked.max(-1) != -jnp.inf
     lse = jax.nn.logsumexp(jnp.where(alive[..., None], masked, 0), -1)
     return weights, jnp.where(alive, lse, -jnp.inf)
 

@@ -144,7 +144,9 @@ def _softmax_rule(primals, tangents):
         return (out, lse), (jnp.zeros_like(out), jnp.zeros_like(lse))
     held = {**sources, "rows": {"lse": jnp.where(lse == -jnp.inf, 0, lse)}}
     weighted, total = _tangent(setting, held, tangents[1], (out, lse))
-    return (out, lse), (weighted - total[..., None] * out, total)
+    # A cotangent that is NaN in a row whose keys a bias of -inf hides stops here.
+    alive = lse != -jnp.inf
+    return (out, lse), (jnp.where(alive[..., None], weighted - total[..., None] * out, 0), jnp.where(alive, total, 0))
 
 
 softmax_core.defjvp(_softmax_rule, symbolic_zeros=True)

@@ -138,7 +138,7 @@ def online_softmax(problem: Problem, slots: Slots, schedule: Schedule, sources: 
                 return _online_step(problem, view, tile, logits, value, state)
 
             maximum, total, weighted = visit(schedule, lists, i, state, key_tile)
-            alive = total > 0
+            alive = total != 0  # NaN that somebody may see stays NaN
             lse = jnp.where(alive, maximum + jnp.log(jnp.where(alive, total, 1)), -jnp.inf)
             out = weighted / jnp.where(alive, total, 1)[..., None]
             tile = _row_tile(problem, slots, schedule, i)
