@@ -61,7 +61,9 @@ class Normalizer:
 
     def init(self, rows, width, dtype=jnp.float32) -> StreamState:
         """The state before any key, for `rows` queries and values of `width` channels."""
-        return StreamState(jnp.full((rows,), -jnp.inf, dtype), jnp.zeros((rows,), dtype), jnp.zeros((rows, width), dtype))
+        return StreamState(
+            jnp.full((rows,), -jnp.inf, dtype), jnp.zeros((rows,), dtype), jnp.zeros((rows, width), dtype)
+        )
 
     def update(self, state: StreamState, logits, visible, value) -> StreamState:
         """The state after a tile: logits `[rows, keys]`, visible likewise, value `[keys, width]`."""
@@ -93,9 +95,7 @@ class Softmax(Normalizer):
         maximum = jnp.maximum(state.maximum, masked.max(-1))
         shift = jnp.where(jnp.isfinite(maximum), maximum, 0)
         raw, decay = jnp.exp(masked - shift[:, None]), jnp.exp(state.maximum - shift)
-        return StreamState(
-            maximum, state.total * decay + raw.sum(-1), state.weighted * decay[:, None] + raw @ value
-        )
+        return StreamState(maximum, state.total * decay + raw.sum(-1), state.weighted * decay[:, None] + raw @ value)
 
     def merge(self, left: StreamState, right: StreamState) -> StreamState:
         """Join two states; see the base class."""

@@ -85,9 +85,9 @@ def _offsets(table, center, i, j):
     if i.shape[0] == j.shape[0] == 1:
         return offset_tile(table, center, i[0, 0], j[0, 0])
     rows = jnp.broadcast_to(table, (max(i.shape[0], j.shape[0]), *table.shape[1:]))
-    return jax.vmap(lambda t, q, k: offset_tile(t, center, q[0], k[0]), (0, 0 if len(i) > 1 else None, 0 if len(j) > 1 else None))(
-        rows, i if len(i) > 1 else i[0], j if len(j) > 1 else j[0]
-    )
+    return jax.vmap(
+        lambda t, q, k: offset_tile(t, center, q[0], k[0]), (0, 0 if len(i) > 1 else None, 0 if len(j) > 1 else None)
+    )(rows, i if len(i) > 1 else i[0], j if len(j) > 1 else j[0])
 
 
 def _normalize(problem: Problem, logits, visible, return_residual):

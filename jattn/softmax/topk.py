@@ -96,7 +96,7 @@ def topk_mask(
     forced = _broadcast("forced", forced, scores.shape, xp)
     allowed = _broadcast("allowed", allowed, scores.shape, xp)
     try:
-        k = operator.index(k)  # type: ignore[arg-type]
+        k = operator.index(k)
     except TypeError:
         k = xp.asarray(k)
         if not jnp.issubdtype(k.dtype, jnp.integer) or k.ndim >= scores.ndim:

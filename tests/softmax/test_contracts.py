@@ -95,7 +95,9 @@ def test_3_two_runs_are_bit_equal(implementation, draw):
     arrays = (*draw(T, S, N, K, D, D), jnp.ones((1, N, T, S)))
     first = value_and_grads(implementation, arrays, is_causal=True)
     second = value_and_grads(implementation, arrays, is_causal=True)
-    assert all((np.asarray(x) == np.asarray(y)).all() for x, y in zip(*map(jax.tree.leaves, (first, second)), strict=True))
+    assert all(
+        (np.asarray(x) == np.asarray(y)).all() for x, y in zip(*map(jax.tree.leaves, (first, second)), strict=True)
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn.softmax.blockwise.schedule import make_schedule
 from jattn.softmax.arguments import build_problem
+from jattn.softmax.blockwise.schedule import make_schedule
 
 
 def compiled(length, gradient, **arguments):
     x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
 
     def run(query, key, value):
-        return jattn.dot_product_attention(query, key, value, implementation="blockwise", block_sizes=(64, 64), **arguments)
+        return jattn.dot_product_attention(
+            query, key, value, implementation="blockwise", block_sizes=(64, 64), **arguments
+        )
 
     program = jax.grad(lambda *x: run(*x).sum(), (0, 1, 2)) if gradient else run
     return jax.jit(program).lower(x, x, x).compile()
@@ -71,7 +73,13 @@ def test_dead_tiles_are_skipped_in_both_passes():
 
     def loss(query):
         return jattn.dot_product_attention(
-            query, query, query, mask=mask, score_mod=jattn.ScoreMod(count), implementation="blockwise", block_sizes=(32, 32)
+            query,
+            query,
+            query,
+            mask=mask,
+            score_mod=jattn.ScoreMod(count),
+            implementation="blockwise",
+            block_sizes=(32, 32),
         ).sum()
 
     jax.block_until_ready(loss(query))

@@ -66,7 +66,9 @@ def agree(actual, expected, atol=1e-11):
 @pytest.mark.parametrize("name", list(DERIVATIVES))
 def test_derivatives(name, x64):
     x = arrays()
-    run = [jax.jit(functools.partial(DERIVATIVES[name], functools.partial(loss, i))) for i in ("blockwise", "reference")]
+    run = [
+        jax.jit(functools.partial(DERIVATIVES[name], functools.partial(loss, i))) for i in ("blockwise", "reference")
+    ]
     agree(*(f(x, direction(x)) for f in run))
 
 
@@ -76,9 +78,9 @@ def batched_cotangents(implementation, x):
 
 
 BATCHING = {
-    "gradient, query only": lambda i, x: jax.vmap(jax.grad(functools.partial(loss, i)), in_axes=((0, None, None, None),))(
-        (jnp.stack([x[0], 2 * x[0], x[0] - 1]), *x[1:])
-    ),
+    "gradient, query only": lambda i, x: jax.vmap(
+        jax.grad(functools.partial(loss, i)), in_axes=((0, None, None, None),)
+    )((jnp.stack([x[0], 2 * x[0], x[0] - 1]), *x[1:])),
     "nested, odd axes": lambda i, x: jax.vmap(
         jax.vmap(lambda q, k: attend(i, q, k, *x[2:])[0], in_axes=(0, None)), in_axes=(None, -1), out_axes=1
     )(jnp.stack([x[0], -x[0]]), jnp.stack([x[1], 0.5 * x[1]], -1)),
@@ -168,7 +170,8 @@ SHARD_MAP = """
             lambda q, k, v: jax.grad(lambda k: attend(implementation, q, k, v, None)[0].sum())(k), mesh=mesh,
             in_specs=(split, P(None, None, "heads"), P(None, None, "heads")), out_specs=P(None, None, "heads"))
         q, k, v = arrays[0], arrays[1][:1], arrays[2][:1]
-        plain = jax.grad(lambda k: attend("reference", q, jnp.tile(k, (4, 1, 1, 1)), jnp.tile(v, (4, 1, 1, 1)), None)[0].sum())(k)
+        tile = lambda x: jnp.tile(x, (4, 1, 1, 1))
+        plain = jax.grad(lambda k: attend("reference", q, tile(k), tile(v), None)[0].sum())(k)
         check("shared keys", [jax.jit(shared)(q, k, v)], [plain])
 """
 

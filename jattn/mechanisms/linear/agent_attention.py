@@ -174,9 +174,8 @@ class AgentAttention(MultiHeadAttention):
         init = nnx.initializers.truncated_normal(0.02)
         param_dtype = self.query.kernel.get_value().dtype
         for name, shape in shapes.items():
-            # Tables start with the heads, the others with an axis of 1.
-            names = ("heads",) if name in ("an_bias", "na_bias") else (None, "heads")
-            names += (None,) * (len(shape) - len(names))
+            names: list[str | None] = [None] * len(shape)
+            names[0 if name in ("an_bias", "na_bias") else 1] = "heads"
             setattr(self, name, nnx.Param(init(rngs.params(), shape, param_dtype), **axes(*names)))
         channels = num_heads * self.value_dim
         self.conv = nnx.Conv(

@@ -259,7 +259,7 @@ def _line(mask: Neighborhood, side: int) -> tuple[np.ndarray, np.ndarray, np.nda
     order = np.pad(order, (0, padding), constant_values=-1).reshape(-1, side)
     live = np.pad(touched, [(0, padding), (0, 0)]).reshape(len(low), side, -1).any(1)
     full = np.pad(covered, [(0, padding), (0, 0)], constant_values=True).reshape(len(low), side, -1).all(1)
-    return order, live, full
+    return order, np.asarray(live), np.asarray(full)
 
 
 def _example(key, length):

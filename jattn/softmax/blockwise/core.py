@@ -59,9 +59,7 @@ def _programs(setting: Setting, names) -> Programs:
     def transpose(residuals, cotangents):
         setting, sources = residuals
         like = _named(sources, names)
-        return loops.pull_back(
-            setting.problem, setting.slots, setting.schedule, setting.phi, sources, cotangents, like
-        )
+        return loops.pull_back(setting.problem, setting.slots, setting.schedule, setting.phi, sources, cotangents, like)
 
     return Programs(forward, transpose, lambda residuals, moving: _plain_sums(*residuals, moving))
 
@@ -113,7 +111,8 @@ def _add_rows(array, update, start):
 
 def _moving(tangents):
     """Tangents that are not symbolically zero, and their names."""
-    found, names = {}, []
+    found: dict[str, Any] = {}
+    names: list[tuple[str, Any]] = []
     for name, tangent in tangents.items():
         if isinstance(tangent, dict):
             inner = {n: t for n, t in tangent.items() if not isinstance(t, SymbolicZero)}
@@ -243,7 +242,9 @@ def _to_slots(problem: Problem, sources):
     batch, length, source, num_heads, kv_heads = problem.sizes
     sources = dict(sources)
     tokens = [
-        None if perm is None else perm[:, head_entry(jnp.arange(num_heads), num_heads, perm.shape[1])]
+        None
+        if perm is None
+        else perm[:, head_entry(jnp.arange(num_heads), num_heads, perm.shape[1])]
         if perm is not None and perm.shape[1] > 1
         else perm
         for perm in (query_perm, key_perm)

@@ -123,7 +123,9 @@ def _batch(args, dims, *, programs: Programs, num_residuals: int, out_types):
     ]
 
     def batched(program):
-        return lambda residuals, leaves: jax.vmap(program, in_axes=(residual_dims, 0), axis_size=size)(residuals, leaves)
+        return lambda residuals, leaves: jax.vmap(program, in_axes=(residual_dims, 0), axis_size=size)(
+            residuals, leaves
+        )
 
     new = Programs(*(batched(program) for program in programs))
     residuals = list(args[:num_residuals])

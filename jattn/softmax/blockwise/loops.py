@@ -87,7 +87,9 @@ def localize(problem: Problem, view: View, sources: Sources) -> Sources:
     return {**sources, **{n: local_keys(problem, view, sources[n]) for n in ("key", "value") if n in sources}}
 
 
-def read_values(problem: Problem, slots: Slots, schedule: Schedule, view: View, tile: Tile, sources: Sources) -> Sources:
+def read_values(
+    problem: Problem, slots: Slots, schedule: Schedule, view: View, tile: Tile, sources: Sources
+) -> Sources:
     """The parts of (localized) sources that a tile reads."""
     blocks = (schedule.query_block, schedule.key_block)
     dtype = problem.compute_dtype
@@ -126,7 +128,11 @@ def online_softmax(problem: Problem, slots: Slots, schedule: Schedule, sources: 
 
         def query_tile(i, carry):
             rows = query_rows(problem, slots, schedule, view, query, i)
-            state = (rows_like(rows, -jnp.inf, dtype), rows_like(rows, 0, dtype), rows_like(rows, 0, dtype, value.shape[3]))
+            state = (
+                rows_like(rows, -jnp.inf, dtype),
+                rows_like(rows, 0, dtype),
+                rows_like(rows, 0, dtype, value.shape[3]),
+            )
             state = varying_like(state, carry)
 
             def key_tile(j, partial: bool, state):
@@ -236,7 +242,9 @@ def tile_sums(problem, slots, schedule, view, tile, phi, sources, moving):
     return jax.jvp(terms, (tiles.named_in(dots, values),), (dots,))[1]
 
 
-def pull_back(problem: Problem, slots: Slots, schedule: Schedule, phi: Phi, sources: Sources, cotangents, like: Sources):
+def pull_back(
+    problem: Problem, slots: Slots, schedule: Schedule, phi: Phi, sources: Sources, cotangents, like: Sources
+):
     """Transpose of the tangent of `sums`: cotangents of the two sums in, those of the sources named in `like` out.
 
     One pass over the live tiles: the rows' cotangents stay with their query tile, those of keys and values in one
@@ -299,7 +307,9 @@ def _add_slice(buffer, added, column):
 
 def _put_keys(problem: Problem, view: View, buffer, local):
     begin = (view.b, 0, kv_head(problem, view), 0)
-    return jax.lax.dynamic_update_slice(buffer, jnp.transpose(local, (0, 3, 1, 2)).astype(buffer.dtype), starts32(begin))
+    return jax.lax.dynamic_update_slice(
+        buffer, jnp.transpose(local, (0, 3, 1, 2)).astype(buffer.dtype), starts32(begin)
+    )
 
 
 def _add_rest(rest: Sources, added: Sources, view: View, tile: Tile, slots: Slots) -> Sources:

@@ -110,7 +110,10 @@ def _code(problem: Problem, one_head: bool):
     permuted = perms != (None, None)
 
     def classes(mask, query_positions, key_positions):
-        axes = [make_axis(*args, num_heads) for args in zip(slots, (query_block, key_block), (query_positions, key_positions), perms, strict=True)]
+        axes = [
+            make_axis(*args, num_heads)
+            for args in zip(slots, (query_block, key_block), (query_positions, key_positions), perms, strict=True)
+        ]
         return tile_classes(mask, Grid(*axes, batch, num_heads), exact=False)
 
     if problem.mask is not None:
@@ -124,7 +127,9 @@ def _code(problem: Problem, one_head: bool):
         terms.append(classes(mask, None, None) if one_head else np.full((1, 1, *tiles), PARTIAL, np.int8))
     for array in problem.mask_arrays:
         known = one_head and not permuted
-        terms.append(_array_code(array, slots, (query_block, key_block)) if known else np.full((1, 1, *tiles), PARTIAL, np.int8))
+        terms.append(
+            _array_code(array, slots, (query_block, key_block)) if known else np.full((1, 1, *tiles), PARTIAL, np.int8)
+        )
     for term in terms[1:]:
         code = (np if isinstance(term, np.ndarray) and isinstance(code, np.ndarray) else jnp).minimum(code, term)
     return code, (query_block, key_block)
@@ -141,11 +146,17 @@ def _array_code(array, slots, blocks):
     for axis, (block, count) in enumerate(zip(blocks, tiles, strict=True), start=2):
         if array.shape[axis] == 1:
             continue
-        pad = [(0, 0)] * 4
-        pad[axis] = (0, count * block - array.shape[axis])
-        split = lambda x, fill: jnp.pad(x, pad, constant_values=fill).reshape(  # noqa: E731
-            *x.shape[:axis], count, block, *x.shape[axis + 1 :]
+        every, some = (
+            _cut_axis(every, axis, block, count, True).all(axis + 1),
+            _cut_axis(some, axis, block, count, False).any(axis + 1),
         )
-        every, some = split(every, True).all(axis + 1), split(some, False).any(axis + 1)
     code = jnp.where(every, FULL, jnp.where(some, PARTIAL, DEAD)).astype(jnp.int8)
     return jnp.broadcast_to(code, (*code.shape[:2], *tiles))
+
+
+def _cut_axis(array, axis: int, block: int, count: int, fill: bool):
+    """An axis as `[count, block]`, filled up at the end."""
+    pad = [(0, 0)] * array.ndim
+    pad[axis] = (0, count * block - array.shape[axis])
+    padded = jnp.pad(array, pad, constant_values=fill)
+    return padded.reshape(*array.shape[:axis], count, block, *array.shape[axis + 1 :])

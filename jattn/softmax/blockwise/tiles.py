@@ -63,7 +63,7 @@ def starts32(starts):
 
 
 def cut(array, view: View, starts, sizes):
-    """The part `[nb|1, nh|1, ...]` of `[B|1, N|1, ...]` at `starts` with `sizes` on the other axes (1 where they are 1)."""
+    """The part `[nb|1, nh|1, ...]` of `[B|1, N|1, ...]` at `starts`, `sizes` long on the other axes that are not 1."""
     places = zip(array.shape, (view.b, view.h, *starts), (view.rows, view.heads, *sizes), strict=True)
     begin, length = zip(*((0, 1) if n == 1 else (start, size) for n, start, size in places), strict=True)
     return jax.lax.dynamic_slice(array, starts32(begin), length)
