@@ -269,7 +269,8 @@ class Case:
         s = s if cap is None else cap * np.tanh(s / cap)
         i, j = self.place
         if self.mods & 1:
-            s = s * self.spread("factor", self.kinds["factor"]) + self.spread("term", self.kinds["term"]) * np.cos(i - j)
+            factor, term = (self.spread(name, self.kinds[name]) for name in ("factor", "term"))
+            s = s * factor + term * np.cos(i - j)
         if self.mods & 2:
             s = s + np.tanh(s) * self.spread("table", "offset")
         s = s + self.arrays.get("bias", 0.0)
@@ -324,12 +325,13 @@ def test_a_random_call(number):
     arrays = case.poisoned([np.nan, np.inf, -np.inf][number % 3])
     for name, run in runs.items():
         gradients, values = run(arrays)
-        compare(dict(zip(("out", "lse"), values, strict=True)), dict(zip(("out", "lse"), found[name][1], strict=True)), f"poisoned {name}")
+        poisoned, clean = (dict(zip(("out", "lse"), x, strict=True)) for x in (values, found[name][1]))
+        compare(poisoned, clean, f"poisoned {name}")
         compare(gradients, found[name][0], f"poisoned {name}")
 
 
 def compare(actual, expected, what):
     for name, x in actual.items():
         assert np.isfinite(x).all() or name == "lse", f"{what}: {name} is not finite"
-        scale = np.abs(expected[name], where=np.isfinite(expected[name]), out=np.zeros(expected[name].shape)).max(initial=1)
+        scale = np.abs(np.where(np.isfinite(expected[name]), expected[name], 0)).max(initial=1)
         np.testing.assert_allclose(x, expected[name], rtol=0, atol=1e-9 * scale, err_msg=f"{what}: {name}")
