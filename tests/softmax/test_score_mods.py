@@ -1,5 +1,8 @@
 """Score mods: every kind of operand in every form, against dense biases, with gradients, on both implementations."""
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +16,6 @@ IMPLEMENTATIONS = ("reference", "blockwise")
 B, T, S, N, K, D, R = 2, 9, 7, 4, 2, 4, 5
 TAILS = {"scalar": (), "head": (), "query": (T,), "key": (S,), "pair": (T, S), "offset": (R,)}
 LEADS = ((), (1,), (N,), (1, 1), (1, N), (B, 1), (B, N))
-FORMS = [(kind, lead) for kind in TAILS for lead in LEADS if kind != "head" or lead]
-
 pytestmark = pytest.mark.usefixtures("x64")
 
 
@@ -62,28 +63,32 @@ def compare(found, expected):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-11), found, expected)
 
 
-def biased(kind, **places):
-    return gradients(lambda q, k, v, x: attend("reference", q, k, v, bias=spread(x, kind, **places), is_causal=True))
+@pytest.mark.parametrize("kind", list(TAILS))
+def test_every_form_is_the_bias_it_stands_for(kind):
+    """A chain of one operand for each form of leading axes, so that one program tells about all of them."""
+    rng = np.random.default_rng(1)
+    leads = [lead for lead in LEADS if kind != "head" or lead]
+    operands = [rng.normal(size=lead + TAILS[kind]) for lead in leads]
 
+    def chained(implementation):
+        def call(query, key, value, operands):
+            mods = [ScoreMod(add, {"term": Operand(x, kind)}) for x in operands]
+            mod = functools.reduce(operator.rshift, mods)
+            return attend(implementation, query, key, value, is_causal=True, score_mod=mod)
 
-@pytest.mark.parametrize(("kind", "lead"), FORMS, ids=str)
-def test_every_form_is_the_bias_it_stands_for(kind, lead):
-    operand = np.random.default_rng(1).normal(size=lead + TAILS[kind])
-    expected = biased(kind)(*arrays(), operand)
+        return gradients(call)
 
-    def modified(implementation):
-        return gradients(
-            lambda q, k, v, x: attend(
-                implementation, q, k, v, is_causal=True, score_mod=ScoreMod(add, {"term": Operand(x, kind)})
-            )
-        )
+    def biased(query, key, value, operands):
+        bias = sum(spread(x, kind) for x in operands)
+        return attend("reference", query, key, value, bias=bias, is_causal=True)
 
+    expected = gradients(biased)(*arrays(), operands)
     for implementation in IMPLEMENTATIONS:
-        compare(modified(implementation)(*arrays(), operand), expected)
+        compare(chained(implementation)(*arrays(), operands), expected)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("center", [None, 0, R - 1, 40])
+@pytest.mark.parametrize("center", [None, 0, 40])
 def test_offsets_are_clipped_and_follow_positions(implementation, center):
     rng = np.random.default_rng(2)
     i, j = rng.permuted(np.tile(np.arange(T) * 3, (B, 1)), axis=1), rng.integers(0, 20, (1, S))
@@ -139,7 +144,7 @@ def test_chains_run_first_to_last(implementation):
 
 
 def everything(logit, b, h, i, j, rows, columns, table):
-    return logit + rows * columns + table[0] * 0 + jnp.tanh(table) + 0.1 * b - 0.2 * h
+    return logit + rows * columns + jnp.tanh(table) + 0.1 * b - 0.2 * h
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
