@@ -283,10 +283,11 @@ def _rows(name: str, array: Any, batch: int, length: int) -> Any:
 
 
 def _example(key, length):
-    shapes = ((2, length, 4, 8), (2, length, 2, 8), (2, length, 2, 8))
+    small = length < 64
+    shapes = ((2, length, 4, 8), (2, length, 2, 8), (2, length, 2, 8)) if small else ((1, length, 1, 8),) * 3
     keys = jax.random.split(key, 3)
     arrays = tuple(jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True))
-    return arrays, {"chunk_size": 3 if length < 64 else 64, "topk": 2 if length < 64 else 8}
+    return arrays, {"chunk_size": 3, "topk": 2} if small else {"chunk_size": 64, "topk": 8}
 
 
 ENTRY = Entry(
