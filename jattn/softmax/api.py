@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jattn.softmax import blockwise, reference
@@ -125,7 +125,7 @@ def dot_product_attention(
     )
     chosen = choose(problem, implementation).chosen
     out, lse = _run(problem, sinks, chosen, return_residual)
-    if jnp.ndim(query) == 3:
+    if np.ndim(query) == 3:
         out, lse = out[0], None if lse is None else lse[0]
     return (out, lse) if return_residual else out
 
@@ -159,6 +159,7 @@ def explain(query, key, value, bias=None, mask=None, *, implementation=None, **a
 
     Raises:
       ValueError: what `dot_product_attention` would raise.
+      TypeError: likewise.
 
     Example:
       >>> import jax, jattn
@@ -167,12 +168,19 @@ def explain(query, key, value, bias=None, mask=None, *, implementation=None, **a
       blockwise: 4096 x 4096 pairs a head: tiles keep the memory linear and skip what no query sees
         not reference: it would hold 4096 x 4096 logits for every head...
     """
+    arguments.pop("return_residual", None)
+    given = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask, **arguments}
+    leaves, structure = jax.tree.flatten(given)
+    shaped = [n for n, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
     found = []
 
-    def probe(query, key, value, bias):
-        problem, _ = build_problem(query, key, value, bias, mask, **arguments)
+    def probe(arrays):
+        filled = list(leaves)
+        for n, array in zip(shaped, arrays, strict=True):
+            filled[n] = array
+        problem, _ = build_problem(**jax.tree.unflatten(structure, filled))
         found.append(choose(problem, implementation))
         return problem.query
 
-    jax.eval_shape(probe, query, key, value, bias)
+    jax.eval_shape(probe, [leaves[n] for n in shaped])
     return found[0]
