@@ -112,7 +112,7 @@ class Softmax(Normalizer):
 
 
 def _elu1(x):
-    return jnp.where(x > 0, x + 1, jnp.exp(jnp.minimum(x, 0)))
+    return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
 
 
 def _taylor2(x):
@@ -123,7 +123,7 @@ def _taylor2(x):
 _SIMILARITIES: dict[str, Callable[..., Any]] = {
     "sigmoid": jax.nn.sigmoid,
     "elu1": _elu1,
-    "relu": lambda x: jnp.maximum(x, 0),
+    "relu": jax.nn.relu,
     "softplus": lambda x: jnp.logaddexp(x, 0),
     "taylor2": _taylor2,
 }
@@ -143,6 +143,8 @@ class Pointwise(Normalizer):
             raise ValueError(f"similarity must be one of {', '.join(_SIMILARITIES)}, got {self.similarity!r}")
         if self.norm not in _NORMS:
             raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {self.norm!r}")
+        if not self.eps >= 0:
+            raise ValueError(f"eps must be >= 0, got {self.eps!r}")
 
     @property
     def needs_count(self) -> bool:  # type: ignore[override]
@@ -213,6 +215,22 @@ def softmax() -> Normalizer:
 def sigmoid(normalize: bool = False, eps: float = 1e-8) -> Normalizer:
     """weights = sigmoid(logit), divided by their sum + eps if `normalize`.
 
+    Args:
+      normalize: whether to divide by the sum.
+      eps: added to the sum.
+
+    Returns:
+      The normalizer, for the engine's argument `normalizer`.
+
+    Raises:
+      ValueError: eps < 0.
+
+    Example:
+      >>> import numpy as np
+      >>> logits, visible = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True, True, True, False]])
+      >>> print(sigmoid().weights(logits, visible, visible.sum(-1, keepdims=True)).round(3))
+      [[0.26900002 0.5        0.88100004 0.        ]]
+
     Source: When Attention Sink Emerges in Language Models: An Empirical View (arXiv:2410.10781).
     """
     return Pointwise("sigmoid", "sum" if normalize else "none", eps)
@@ -221,6 +239,22 @@ def sigmoid(normalize: bool = False, eps: float = 1e-8) -> Normalizer:
 def elu1(normalize: bool = False, eps: float = 1e-8) -> Normalizer:
     """weights = elu(logit) + 1, divided by their sum + eps if `normalize`.
 
+    Args:
+      normalize: whether to divide by the sum.
+      eps: added to the sum.
+
+    Returns:
+      The normalizer, for the engine's argument `normalizer`.
+
+    Raises:
+      ValueError: eps < 0.
+
+    Example:
+      >>> import numpy as np
+      >>> logits, visible = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True, True, True, False]])
+      >>> print(elu1(normalize=True).weights(logits, visible, visible.sum(-1, keepdims=True)).round(3))
+      [[0.08400001 0.22900002 0.68700004 0.        ]]
+
     Source: When Attention Sink Emerges in Language Models: An Empirical View (arXiv:2410.10781).
     """
     return Pointwise("elu1", "sum" if normalize else "none", eps)
@@ -228,6 +262,15 @@ def elu1(normalize: bool = False, eps: float = 1e-8) -> Normalizer:
 
 def relu_over_n() -> Normalizer:
     """weights = relu(logit) / n, n = visible keys of the row.
+
+    Returns:
+      The normalizer, for the engine's argument `normalizer`.
+
+    Example:
+      >>> import numpy as np
+      >>> logits, visible = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True, True, True, False]])
+      >>> print(relu_over_n().weights(logits, visible, visible.sum(-1, keepdims=True)).round(3))
+      [[0.         0.         0.66700006 0.        ]]
 
     Source: Active-Dormant Attention Heads: Mechanistically Demystifying Extreme-Token Phenomena in LLMs
     (arXiv:2410.13835).
@@ -238,6 +281,21 @@ def relu_over_n() -> Normalizer:
 def softplus_l1(eps: float = 1e-8) -> Normalizer:
     """weights = softplus(logit) / (sum + eps).
 
+    Args:
+      eps: added to the sum.
+
+    Returns:
+      The normalizer, for the engine's argument `normalizer`.
+
+    Raises:
+      ValueError: eps < 0.
+
+    Example:
+      >>> import numpy as np
+      >>> logits, visible = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True, True, True, False]])
+      >>> print(softplus_l1().weights(logits, visible, visible.sum(-1, keepdims=True)).round(3))
+      [[0.1        0.22100002 0.679      0.        ]]
+
     Source: Softplus Attention with Re-weighting Boosts Length Extrapolation in Large Language Models
     (arXiv:2501.13428), first stage.
     """
@@ -246,6 +304,21 @@ def softplus_l1(eps: float = 1e-8) -> Normalizer:
 
 def taylor2(eps: float = 0.0) -> Normalizer:
     """weights = (1 + s + s^2 / 2) / (sum + eps) of the logit s: the second-order expansion of the softmax.
+
+    Args:
+      eps: added to the sum.
+
+    Returns:
+      The normalizer, for the engine's argument `normalizer`.
+
+    Raises:
+      ValueError: eps < 0.
+
+    Example:
+      >>> import numpy as np
+      >>> logits, visible = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True, True, True, False]])
+      >>> print(taylor2().weights(logits, visible, visible.sum(-1, keepdims=True)).round(3))
+      [[0.07700001 0.15400001 0.76900005 0.        ]]
 
     Source: Deconstructing Attention: Investigating Design Principles for Effective Language Modeling
     (arXiv:2510.11602).
@@ -256,8 +329,24 @@ def taylor2(eps: float = 0.0) -> Normalizer:
 def reweighted(base: Normalizer, power: float = 15.0) -> Normalizer:
     """The re-weighting stage of LSSAR after any one-pass normalizer, two passes over the keys.
 
+    weights_ij = w_ij / sum_j w_ij,  w_ij = relu(n_i * a_ij - O_i)^power with the weights a of `base`; O_i = 0 for rows
+    of n_i <= 3 visible keys, else 1.
+
+    Args:
+      base: the first stage, softplus_l1() in the paper.
+      power: p.
+
+    Returns:
+      The normalizer, for the engine's argument `normalizer`.
+
     Raises:
       ValueError: `base` is itself a two-pass normalizer, or power < 1.
+
+    Example:
+      >>> import numpy as np
+      >>> logits, visible = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True, True, True, False]])
+      >>> print(reweighted(softplus_l1(), power=2).weights(logits, visible, visible.sum(-1, keepdims=True)).round(3))
+      [[0.019 0.094 0.887 0.   ]]
 
     Source: Softplus Attention with Re-weighting Boosts Length Extrapolation in Large Language Models
     (arXiv:2501.13428), second stage.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Num
 
 from jattn.softmax.normalizers import Softmax
 from jattn.softmax.problem import Problem, dense_visibility, drop_pairs, modify_logits, offset_tile, positions
 
 
-def attend(problem: Problem, return_residual: bool):
+def attend(problem: Problem, return_residual: bool) -> tuple[Float[Array, "B T N Dv"], Float[Array, "B T N"] | None]:
     """Output `[B, T, N, Dv]` in the computing dtype, and lse `[B, T, N]` (None unless `return_residual`)."""
     visible = dense_visibility(problem)
     query, key, value, seeing = _without_unseen(problem, visible)
@@ -52,7 +55,9 @@ def _without_unseen(problem: Problem, visible):
     return query, key, value, None
 
 
-def _masked_logits(problem: Problem, query, key, visible):
+def _masked_logits(
+    problem: Problem, query: Float[Array, "B T N D"], key: Float[Array, "B S K D"], visible: Any
+) -> tuple[Float[Array, "B N T S"], Any]:
     batch, length, source, num_heads, kv_heads = problem.sizes
     dtype = problem.compute_dtype
     how = {"precision": problem.precision, "preferred_element_type": dtype}
@@ -80,7 +85,7 @@ def _heads(problem: Problem):
     return jnp.arange(batch).reshape(-1, 1, 1, 1), np.arange(num_heads).reshape(1, -1, 1, 1)
 
 
-def _offsets(table, center, i, j):
+def _offsets(table: Num[Array, "b n R"], center: int, i: Any, j: Any) -> Num[Array, "_ n T S"]:
     """An offset table `[B|1, N|1, R]` read at the positions, `[B|1, N|1, T, S]`."""
     if i.shape[0] == j.shape[0] == 1:
         return offset_tile(table, center, i[0, 0], j[0, 0])
@@ -90,7 +95,9 @@ def _offsets(table, center, i, j):
     )(rows, i if len(i) > 1 else i[0], j if len(j) > 1 else j[0])
 
 
-def _normalize(problem: Problem, logits, visible, return_residual):
+def _normalize(
+    problem: Problem, logits: Float[Array, "B N T S"], visible: Any, return_residual: bool
+) -> tuple[Float[Array, "B N T S"], Float[Array, "B N T"] | None]:
     shown = np.ones((1,) * 4, bool) if visible is None else visible
     count = None
     if problem.normalizer.needs_count:
@@ -107,7 +114,7 @@ def _normalize(problem: Problem, logits, visible, return_residual):
     return weights, jnp.where(alive, lse, -jnp.inf)
 
 
-def _finite_softmax(logits, visible):
+def _finite_softmax(logits: Float[Array, "B N T S"], visible: Any) -> Float[Array, "B N T S"]:
     """Softmax of finite logits: hidden ones get a value that is finite too, and far below.
 
     A row that sees nothing then holds equal weights instead of NaN; its output is zeroed at the end, which is cheaper
@@ -118,7 +125,9 @@ def _finite_softmax(logits, visible):
     return jax.nn.softmax(jnp.where(visible, logits, -0.7 * jnp.finfo(logits.dtype).max))
 
 
-def _mix(problem: Problem, weights, value):
+def _mix(
+    problem: Problem, weights: Float[Array, "B N T S"], value: Float[Array, "B S K Dv"]
+) -> Float[Array, "B T N Dv"]:
     batch, length, source, num_heads, kv_heads = problem.sizes
     weights = weights.astype(value.dtype)
     how = {"precision": problem.precision, "preferred_element_type": problem.compute_dtype}
