@@ -227,9 +227,9 @@ def sigmoid(normalize: bool = False, eps: float = 1e-8) -> Normalizer:
 
     Example:
       >>> import numpy as np
-      >>> logits, visible = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True, True, True, False]])
-      >>> print(sigmoid().weights(logits, visible, visible.sum(-1, keepdims=True)).round(3))
-      [[0.26900002 0.5        0.88100004 0.        ]]
+      >>> logits, visible, count = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True] * 3 + [False]]), np.array([[3]])
+      >>> print(np.asarray(sigmoid().weights(logits, visible, count)).round(3))
+      [[0.269 0.5   0.881 0.   ]]
 
     Source: When Attention Sink Emerges in Language Models: An Empirical View (arXiv:2410.10781).
     """
@@ -251,9 +251,9 @@ def elu1(normalize: bool = False, eps: float = 1e-8) -> Normalizer:
 
     Example:
       >>> import numpy as np
-      >>> logits, visible = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True, True, True, False]])
-      >>> print(elu1(normalize=True).weights(logits, visible, visible.sum(-1, keepdims=True)).round(3))
-      [[0.08400001 0.22900002 0.68700004 0.        ]]
+      >>> logits, visible, count = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True] * 3 + [False]]), np.array([[3]])
+      >>> print(np.asarray(elu1(normalize=True).weights(logits, visible, count)).round(3))
+      [[0.084 0.229 0.687 0.   ]]
 
     Source: When Attention Sink Emerges in Language Models: An Empirical View (arXiv:2410.10781).
     """
@@ -268,9 +268,9 @@ def relu_over_n() -> Normalizer:
 
     Example:
       >>> import numpy as np
-      >>> logits, visible = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True, True, True, False]])
-      >>> print(relu_over_n().weights(logits, visible, visible.sum(-1, keepdims=True)).round(3))
-      [[0.         0.         0.66700006 0.        ]]
+      >>> logits, visible, count = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True] * 3 + [False]]), np.array([[3]])
+      >>> print(np.asarray(relu_over_n().weights(logits, visible, count)).round(3))
+      [[0.    0.    0.667 0.   ]]
 
     Source: Active-Dormant Attention Heads: Mechanistically Demystifying Extreme-Token Phenomena in LLMs
     (arXiv:2410.13835).
@@ -292,9 +292,9 @@ def softplus_l1(eps: float = 1e-8) -> Normalizer:
 
     Example:
       >>> import numpy as np
-      >>> logits, visible = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True, True, True, False]])
-      >>> print(softplus_l1().weights(logits, visible, visible.sum(-1, keepdims=True)).round(3))
-      [[0.1        0.22100002 0.679      0.        ]]
+      >>> logits, visible, count = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True] * 3 + [False]]), np.array([[3]])
+      >>> print(np.asarray(softplus_l1().weights(logits, visible, count)).round(3))
+      [[0.1   0.221 0.679 0.   ]]
 
     Source: Softplus Attention with Re-weighting Boosts Length Extrapolation in Large Language Models
     (arXiv:2501.13428), first stage.
@@ -316,9 +316,9 @@ def taylor2(eps: float = 0.0) -> Normalizer:
 
     Example:
       >>> import numpy as np
-      >>> logits, visible = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True, True, True, False]])
-      >>> print(taylor2().weights(logits, visible, visible.sum(-1, keepdims=True)).round(3))
-      [[0.07700001 0.15400001 0.76900005 0.        ]]
+      >>> logits, visible, count = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True] * 3 + [False]]), np.array([[3]])
+      >>> print(np.asarray(taylor2().weights(logits, visible, count)).round(3))
+      [[0.077 0.154 0.769 0.   ]]
 
     Source: Deconstructing Attention: Investigating Design Principles for Effective Language Modeling
     (arXiv:2510.11602).
@@ -344,8 +344,8 @@ def reweighted(base: Normalizer, power: float = 15.0) -> Normalizer:
 
     Example:
       >>> import numpy as np
-      >>> logits, visible = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True, True, True, False]])
-      >>> print(reweighted(softplus_l1(), power=2).weights(logits, visible, visible.sum(-1, keepdims=True)).round(3))
+      >>> logits, visible, count = np.array([[-1.0, 0.0, 2.0, 9.0]]), np.array([[True] * 3 + [False]]), np.array([[3]])
+      >>> print(np.asarray(reweighted(softplus_l1(), power=2).weights(logits, visible, count)).round(3))
       [[0.019 0.094 0.887 0.   ]]
 
     Source: Softplus Attention with Re-weighting Boosts Length Extrapolation in Large Language Models
