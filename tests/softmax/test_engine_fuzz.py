@@ -16,6 +16,7 @@ import pytest
 
 import jattn
 from jattn import masks, normalizers
+from jattn.softmax.blockwise import loops
 from jattn.softmax.compilers import from_block_mask
 from jattn.softmax.dropout import keep_pairs
 from jattn.testing.jaxprs import QUICK
@@ -72,7 +73,8 @@ class Case:
         self.visible = np.ones(self.shape, bool)
         self.place = self.positions()
         self.masks()
-        self.layout = self.make_layout() if self.chance(0.35) else None
+        if self.chance(0.35):
+            self.make_layout()
         self.additions()
         blocks = tuple(int(x) for x in rng.choice([1, 3, 4, 7, 8, 16], 2))
         self.static["block_sizes"] = blocks if self.chance(0.8) else None
@@ -142,7 +144,7 @@ class Case:
 
     def make_layout(self):
         rng = self.rng
-        slots, perms, tiles = [], [], []
+        slots, perms = [], []
         for n in self.shape[2:]:
             perm, size = None, n
             if self.chance(0.4):
@@ -171,7 +173,6 @@ class Case:
         self.fixed["layout"] = layout
         given = {n: x for n, x in self.fixed.items() if n.endswith("positions")}
         self.visible = self.visible & np.asarray(layout.to_dense(*self.shape, **given))
-        return layout
 
     def additions(self):
         rng = self.rng
@@ -311,9 +312,11 @@ def _wide(x64):
 
 
 @pytest.mark.parametrize("number", CASES)
-def test_a_random_call(number):
+def test_a_random_call(number, monkeypatch):
     case = Case(number)
     case.traced = number % 2 == 0
+    if number % 3 == 2:  # as on several devices: all heads at once
+        monkeypatch.setattr(loops, "one_head_at_a_time", lambda: False)
     truth = case.truth()
     runs = {n: case.compiled(n) for n in ("reference", "blockwise")}
     found = {n: run(case.arrays) for n, run in runs.items()}
@@ -324,10 +327,10 @@ def test_a_random_call(number):
     compare(found["blockwise"][0], found["reference"][0], "blockwise, reference")
     arrays = case.poisoned([np.nan, np.inf, -np.inf][number % 3])
     for name, run in runs.items():
-        gradients, values = run(arrays)
-        poisoned, clean = (dict(zip(("out", "lse"), x, strict=True)) for x in (values, found[name][1]))
-        compare(poisoned, clean, f"poisoned {name}")
-        compare(gradients, found[name][0], f"poisoned {name}")
+        gradients, (out, lse) = run(arrays)
+        results = {"out": out, "lse": lse, **gradients}
+        expected = {"out": found[name][1][0], "lse": found[name][1][1], **found[name][0]}
+        compare(results, expected, f"poisoned {name}")
 
 
 def compare(actual, expected, what):
