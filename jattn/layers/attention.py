@@ -354,6 +354,9 @@ class MultiHeadAttention(nnx.Module):
             for name, places in (("query_positions", query_positions), ("key_positions", cache.key_positions[:, 0])):
                 if accepts(self.attention_fn, name):
                     arguments[name] = places
+            # The mask says it already; a function with patterns of its own must choose the causal one by itself.
+            if policy.causal and accepts(self.attention_fn, "is_causal"):
+                arguments["is_causal"] = True
         if hasattr(self.position, "score_mod"):
             i, j = policy.seen_positions(cache, query_positions)
             if j.shape[1] == 1 and accepts(self.attention_fn, "score_mod"):
