@@ -1,67 +1,53 @@
-"""Timing several programs against each other: interleaved, so that what else the machine does hits all of them."""
+"""Measuring programs side by side: compiled first, then run in turn, so that a noisy machine disturbs all alike."""
 
+import dataclasses
+import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-SLOW_SECONDS = 3.0
-"""A call that takes longer is measured once: its spread is small against the differences in question."""
+
+@dataclasses.dataclass
+class Subject:
+    """A program to measure: `call()` runs it to the end; what is known before it runs, and the times it took."""
+
+    name: str
+    call: Callable[[], Any]
+    compile_s: float | None = None
+    temp_bytes: int | None = None
+    times: list[float] = dataclasses.field(default_factory=list)
 
 
-def seconds(call: Callable[[], Any]) -> float:
-    """Time of one call, which must wait for its result itself."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+def compiled(name: str, function: Callable[..., Any], *arguments: Any) -> Subject:
+    """Compile a JAX function anew (no cache on disk) and note what the compiler says about it."""
+    start = time.perf_counter()
+    program = jax.jit(function).lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    memory = program.memory_analysis()
+    used = None if memory is None else int(memory.temp_size_in_bytes)
+    return Subject(name, lambda: jax.block_until_ready(program(*arguments)), seconds, used)
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, budget: float = 60.0) -> dict[str, list[float]]:
-    """Time all calls round by round, each round in another order.
-
-    Args:
-        calls: what to time, by name; compiled and warm, and waiting for its result.
-        rounds: how many times each.
-        budget: seconds for all rounds; where they would take longer there are fewer, but at least three.
-
-    Returns:
-        Times by name; equal places belong to one round.
-
-    Example:
-        >>> times = interleaved({"a": lambda: None, "b": lambda: None}, rounds=4)
-        >>> {name: len(found) for name, found in times.items()}
-        {'a': 4, 'b': 4}
-    """
-    names, order = list(calls), np.random.default_rng(0)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    started = time.perf_counter()
-    for number in range(rounds):
-        if number >= 3 and (time.perf_counter() - started) * (number + 1) / number > budget:
-            break
-        for place in order.permutation(len(names)):
-            times[names[place]].append(seconds(calls[names[place]]))
-    return times
+def interleave(subjects: Sequence[Subject], rounds: int, *, warm: bool = True) -> None:
+    """Run every subject once a round, in turn, after one unmeasured round if `warm`."""
+    for number in range(-1 if warm else 0, rounds):
+        for subject in subjects:
+            gc.collect()
+            start = time.perf_counter()
+            subject.call()
+            if number >= 0:
+                subject.times.append(time.perf_counter() - start)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, interquartile range and number of values.
-
-    Example:
-        >>> spread([1.0, 2.0, 3.0])
-        {'median': 2.0, 'iqr': 1.0, 'n': 3}
-    """
-    low, middle, high = np.percentile(np.asarray(values, np.float64), [25, 50, 75])
-    return {"median": float(middle), "iqr": float(high - low), "n": len(values)}
+    """Median and quartiles."""
+    low, median, high = np.percentile(np.asarray(values), [25, 50, 75])
+    return {"median": float(median), "q25": float(low), "q75": float(high), "min": float(min(values))}
 
 
-def ratio(times: Sequence[float], others: Sequence[float]) -> dict[str, float]:
-    """How many times longer: the spread of the ratios of single rounds, or the ratio of medians where lengths differ.
-
-    Example:
-        >>> ratio([2.0, 4.0], [1.0, 2.0])
-        {'median': 2.0, 'iqr': 0.0, 'n': 2}
-    """
-    if len(times) == len(others):
-        return spread(np.asarray(times) / np.asarray(others))
-    return {"median": float(np.median(times) / np.median(others)), "iqr": 0.0, "n": 1}
+def ratio(subject: Subject, baseline: Subject) -> dict[str, float]:
+    """Spread of the round-by-round ratios of two subjects that were run in turn."""
+    return spread(np.asarray(subject.times) / np.asarray(baseline.times))

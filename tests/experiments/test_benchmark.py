@@ -1,143 +1,48 @@
-"""The benchmark: its cases, its peers agree with each other, its tables and files, what it refuses."""
+"""The benchmark's arithmetic and one tiny run of each suite; no figure of time is asserted."""
 
-import importlib.util
 import json
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import app, flags
 
-from experiments import bench_peers, benchmark, timing
-from experiments.bench_peers import Case
-from experiments.benchmark import Row
-
-HAS_TORCH = importlib.util.find_spec("torch") is not None
+import jattn
+from experiments import benchmark, peers, timing
 
 
-def tiny(kind, length=16, **options):
-    return Case(kind, length, heads=2, kv_heads=1, dim=4, window=4, **options)
+def test_ratios_are_taken_round_by_round():
+    slow, fast = timing.Subject("slow", lambda: None), timing.Subject("fast", lambda: None)
+    slow.times, fast.times = [2.0, 4.0, 12.0], [1.0, 2.0, 4.0]
+    assert timing.ratio(slow, fast)["median"] == 2.0
+    assert timing.spread(slow.times)["median"] == 4.0
 
 
-@pytest.mark.parametrize("kind", bench_peers.KINDS)
-def test_pairs_are_those_of_the_dense_mask(kind):
-    case = tiny(kind)
-    assert case.pairs == np.broadcast_to(bench_peers._dense_mask(case), (1, 1, 16, 16))[0, 0].sum() or kind == "full"
-    assert kind != "full" or case.pairs == 256
+def test_subjects_are_run_in_turn():
+    order = []
+    subjects = [timing.Subject(name, lambda name=name: order.append(name)) for name in "ab"]
+    timing.interleave(subjects, 2)
+    assert order == ["a", "b"] * 3 and len(subjects[0].times) == 2
 
 
-@pytest.mark.parametrize("kind", ["causal", "padding", "window", "documents", "gna"])
-def test_peers_compute_the_same(kind):
-    case = tiny(kind)
-    names = ["reference", "jax.nn", *(["torch sdpa"] if HAS_TORCH else [])]
-    functions = {
-        "reference": lambda q, k, v: bench_peers._jattn("reference", case)(q, k, v),
-        "jax.nn": lambda q, k, v: bench_peers._jax_nn("jax.nn", case)(q, k, v),
-    }
-    if HAS_TORCH:
-        import torch
-
-        attend = bench_peers._torch_sdpa(torch, case, "cpu")
-        functions["torch sdpa"] = lambda q, k, v: attend(
-            *(torch.tensor(array).transpose(1, 2) for array in (q, k, v))
-        ).transpose(1, 2)
-    found = [np.asarray(functions[name](*case.arrays[:3])) for name in names]
-    for other in found[1:]:
-        np.testing.assert_allclose(other, found[0], rtol=0, atol=2e-6)
+def test_visited_pairs():
+    arrays = tuple(jnp.zeros((1, 1024, 1, 4)) for _ in range(3))
+    assert benchmark.visited_pairs(arrays) == 1024**2
+    assert benchmark.visited_pairs(arrays, is_causal=True) == 3 * 512**2
+    window = {"mask": jattn.masks.sliding_window(8), "block_sizes": (128, 128)}
+    assert benchmark.visited_pairs(arrays, **window) == (8 + 7) * 128**2
 
 
-def test_a_program_knows_its_compile_time_and_memory():
-    program = bench_peers.make("reference", tiny("causal"), "backward")
-    assert program.compile_s > 0
-    assert program.temp_bytes > 0
-    out, gradients = program.run()
-    assert out.shape == (1, 16, 2, 4)
-    assert [gradient.shape[2] for gradient in gradients] == [2, 1, 1]
+def test_a_peer_that_refuses_says_why():
+    arrays = tuple(jnp.zeros((1, 8, 2, 4)) for _ in range(3))
+    assert "Error" in peers.jax_nn("jax.nn", arrays, False, "no such implementation")
 
 
-def test_what_is_not_to_be_had_says_why():
-    with pytest.raises(bench_peers.Unavailable, match="square"):
-        bench_peers.make("blockwise", tiny("gna", 15), "forward")
-    with pytest.raises(ValueError, match="kind must be one of"):
-        Case("causl", 4)
-
-
-def test_rounds_pair_their_times():
-    calls = []
-    times = timing.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 5)
-    assert [len(times[name]) for name in "ab"] == [5, 5]
-    assert all(sorted(calls[place : place + 2]) == ["a", "b"] for place in range(0, 10, 2))
-    assert len(timing.interleaved({"a": lambda: None}, 50, budget=0.0)["a"]) == 3
-    assert timing.ratio([1.0, 2.0, 9.0], [1.0, 1.0, 3.0]) == {"median": 2.0, "iqr": 1.0, "n": 3}
-    assert timing.ratio([6.0], [1.0, 2.0, 3.0])["median"] == 3.0
-
-
-def test_dense_programs_beyond_the_bound_are_named_in_the_table():
-    rows = benchmark.measure(tiny("causal"), "forward", ["jax.nn"], 1, True, max_dense_length=8)
-    assert rows[0].status == "left out"
-    assert "--max_dense_length=8" in benchmark.table(rows)
-
-
-def test_a_failing_peer_leaves_the_others(monkeypatch):
-    real = bench_peers.make
-
-    def make(name, case, which):
-        if name == "reference":
-            raise RuntimeError("out of memory\nmore")
-        return real(name, case, which)
-
-    monkeypatch.setattr(bench_peers, "make", make)
-    broken, good = benchmark.measure(tiny("causal"), "forward", ["reference", "jax.nn"], 3, True, 8192)
-    assert (broken.status, broken.reason) == ("failed", "RuntimeError: out of memory")
-    assert good.ratio == {"median": 1.0, "iqr": 0.0, "n": 3}
-    assert good.ns_per_pair == pytest.approx(1e9 * good.seconds["median"] / (136 * 2))
-
-
-def test_a_slow_call_is_measured_once(monkeypatch):
-    monkeypatch.setattr(timing, "SLOW_SECONDS", 0.0)
-    (row,) = benchmark.measure(tiny("causal"), "forward", ["jax.nn"], 5, True, 8192)
-    assert row.seconds["n"] == 1
-
-
-def test_time_for_a_pair_against_causal():
-    rows = [
-        Row("causal", 8, "forward", "blockwise", ns_per_pair=2.0),
-        Row("window 4", 8, "forward", "blockwise", ns_per_pair=3.0),
-        Row("window 4", 8, "backward", "blockwise", ns_per_pair=3.0),
-    ]
-    benchmark.compare_pairs(rows)
-    assert [row.pair_ratio for row in rows] == [None, 1.5, None]
-
-
-def flags_of(*arguments):
-    values = flags.FlagValues()
-    benchmark.define_flags(values)
-    values(["benchmark", *arguments])
-    return values
-
-
-def test_a_suite_writes_its_files(tmp_path, capsys):
-    values = flags_of(
-        "--suite=short", "--lengths=8", "--rounds=3", "--heads=1", "--dim=4", "--passes=forward", f"--output={tmp_path}"
-    )
-    results = benchmark.run(values)
-    written = json.loads((tmp_path / "short.json").read_text())
-    assert written["schema"] == benchmark.SCHEMA
-    assert len(written["rows"]) == len(results["rows"]) == 6
-    assert {row["implementation"] for row in written["rows"]} == {"jattn", "jax.nn"}
-    assert all(row["status"] == "ok" and row["ratio"]["n"] == 3 for row in written["rows"])
-    assert (tmp_path / "short.png").read_bytes().startswith(b"\x89PNG")
-    assert "x jax.nn" in capsys.readouterr().out
-
-
-def test_wrong_words_are_refused(monkeypatch):
-    before = jax.config.jax_enable_compilation_cache
-    try:
-        with pytest.raises(SystemExit, match="unknown implementation 'blokwise'"):
-            benchmark.main(["benchmark"], flags_of("--implementations=blokwise"))
-        with pytest.raises(SystemExit, match="passes must be among"):
-            benchmark.main(["benchmark"], flags_of("--implementations=blockwise", "--passes=sideways"))
-        with pytest.raises(app.UsageError):
-            benchmark.main(["benchmark", "extra"], flags_of())
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
+@pytest.mark.slow
+def test_every_suite_writes_what_it_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark.jax.config, "update", lambda *_: None)
+    rows = [*benchmark.lengths_suite([32], 2, 32, 1), *benchmark.short_suite([16], 2), *benchmark.sparse_suite(256, 2)]
+    assert {row["suite"] for row in rows} == {"lengths", "short", "sparse"}
+    assert all(row["time_s"]["median"] > 0 and np.isfinite(row["ratio"]["median"]) for row in rows)
+    benchmark.plot([row for row in rows if row["suite"] == "lengths"], tmp_path / "lengths.png")
+    assert (tmp_path / "lengths.png").stat().st_size > 1000
+    json.dumps(rows)
