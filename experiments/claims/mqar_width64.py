@@ -61,7 +61,8 @@ def judge(softmax: dict[str, list[float]], linear: dict[str, list[float]]) -> tu
     if np.mean(linear["4"]) < 0.9:
         reason += " (linear attention does not even learn 4 pairs in these steps: not its state alone keeps it back)"
     means = np.mean(softmax["16"]), np.mean(linear["16"])
-    if means[0] > 0.99 and means[1] < 0.9:
+    learned = np.mean(linear["4"]) >= 0.9
+    if learned and means[0] > 0.99 and means[1] < 0.9:
         return "reproduced", reason
     return ("partly" if means[0] - means[1] > 0.1 else "not reproduced"), reason
 
@@ -97,7 +98,7 @@ CLAIM = Claim(
     setting="MQAR with 16 pairs in 128 tokens, 256 words, after 4 pairs in 32 and 8 in 64 tokens (the paper trains on "
     "mixed numbers of pairs); two layers of attention alone, width 64, two heads, rotary positions, 1,300 steps of 64 "
     "to 32 rows, two seeds, one learning rate for both (the paper sweeps it); linear attention with elu + 1.",
-    expected="Softmax attention above 0.99, linear attention clearly below, at most 0.90: reproduced. A gap of more "
-    "than 0.1 otherwise: partly.",
+    expected="Softmax attention above 0.99 and linear attention at most 0.90 at 16 pairs, though it learned 4 pairs (at "
+    "least 0.90): reproduced. A gap of more than 0.1 otherwise: partly.",
     run=run,
 )

@@ -63,7 +63,9 @@ def test_the_recall_claim_runs(tmp_path):
 def test_verdicts_of_recall(softmax, linear, verdict):
     found = [{"4": [1.0], "16": [value]} for value in (softmax, linear)]
     assert mqar_width64.judge(*found)[0] == verdict
-    assert "not its state alone" in mqar_width64.judge(found[0], {"4": [0.3], "16": [0.1]})[1]
+    untrained = mqar_width64.judge({"4": [1.0], "16": [1.0]}, {"4": [0.3], "16": [0.1]})
+    assert untrained[0] == "partly"
+    assert "not its state alone" in untrained[1]
 
 
 def test_verdicts_of_temperature():
