@@ -98,7 +98,7 @@ CLAIM = Claim(
     setting="MQAR with 16 pairs in 128 tokens, 256 words, after 4 pairs in 32 and 8 in 64 tokens (the paper trains on "
     "mixed numbers of pairs); two layers of attention alone, width 64, two heads, rotary positions, 1,300 steps of 64 "
     "to 32 rows, two seeds, one learning rate for both (the paper sweeps it); linear attention with elu + 1.",
-    expected="Softmax attention above 0.99 and linear attention at most 0.90 at 16 pairs, though it learned 4 pairs (at "
-    "least 0.90): reproduced. A gap of more than 0.1 otherwise: partly.",
+    expected="Softmax attention above 0.99 and linear attention at most 0.90 at 16 pairs, though it learned 4 pairs "
+    "(at least 0.90): reproduced. A gap of more than 0.1 otherwise: partly.",
     run=run,
 )
