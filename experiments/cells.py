@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from experiments import measures, records
-from experiments.training import ModelOptions, Trainer, TrainOptions, TrainState, stacked_batch, step_keys
+from experiments.training import ModelOptions, Trainer, TrainOptions, stacked_batch, step_keys
 from jattn import __version__, catalog, tasks
 from jattn.models.resolve import is_attention, resolve
 
@@ -44,6 +44,11 @@ class Setting:
     mlp_ratio: float
     position: str
 
+
+START = {"embedding_std": 0.1, "residual_scale": 0.3}
+"""How models start, under every mechanism alike. With tables at 0.02 and full projections the first block writes ten
+times more into the stream than the embedding had put there, later blocks hardly see the tokens any more, and recall is
+learned only after thousands of steps."""
 
 SETTINGS = {
     # Attention alone, as in the paper that proposed the task: with feed-forward parts the same recall takes longer.
@@ -155,28 +160,6 @@ def unsupported(cell: Cell, task: tasks.Task) -> str:
     return f"needs {needed} attention; {cell.mechanism} offers {', '.join(patterns) or 'none'}"
 
 
-class BalancedTrainer(Trainer):
-    """A trainer whose model starts with larger embeddings and smaller updates.
-
-    Token and position tables start at a deviation of 0.1 instead of 0.02, and the last projection of every attention
-    and feed-forward part at 0.3 of its values. At the usual values the first block writes ten times more into the
-    stream than the embedding had put there, later blocks hardly see the tokens any more, and recall is learned only
-    after thousands of steps. The same factors hold for every mechanism.
-    """
-
-    def init(self, seed: int | jax.Array) -> TrainState:
-        """`Trainer.init`, rescaled."""
-        state = super().init(seed)
-        return state._replace(params=jax.tree_util.tree_map_with_path(_rescaled, state.params))
-
-
-def _rescaled(path: Any, leaf: jax.Array) -> jax.Array:
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    if "embedding" in name:
-        return 5.0 * leaf
-    return 0.3 * leaf if ".out.kernel" in name or ".down.kernel" in name else leaf
-
-
 def run_cell(cell: Cell, report: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
     """Train and measure a cell.
 
@@ -217,7 +200,7 @@ def _blank(cell: Cell) -> dict[str, Any]:
 
 
 def _trained(cell: Cell, task: tasks.Task, report: Callable[[str], None]) -> dict[str, Any]:
-    trainer = BalancedTrainer(task, cell.model, cell.train)
+    trainer = Trainer(task, cell.model, cell.train)
     seeds, size, steps = cell.seeds, cell.train.batch_size, cell.train.steps
     seeded = [dataclasses.replace(task, seed=seed) for seed in seeds]
     # Starting values are drawn once: a quick compilation is worth more here than a quick program.

@@ -100,6 +100,7 @@ def make_cells(mechanisms: Sequence[Request], chosen: Sequence[Request], overrid
                 num_heads=overrides.heads,
                 mlp_ratio=value("mlp_ratio"),
                 position=value("position"),
+                **cell_module.START,
             )
             seeds = tuple(range(overrides.seeds))
             found.append(Cell(request.name, request.label, wanted.name, options, model, train, seeds))
@@ -110,7 +111,8 @@ def budget(cells: Sequence[Cell]) -> dict[str, Any]:
     """What all mechanisms of a comparison share."""
     first, shared = cells[0], {}
     for cell in cells:
-        model = {"mlp_ratio": cell.model.mlp_ratio, "position": cell.model.position}
+        names = ("mlp_ratio", "position", *cell_module.START)
+        model = {name: getattr(cell.model, name) for name in names}
         shared[cell.task] = {**cell.task_options, **dataclasses.asdict(cell.train), **model}
     return {
         "width": first.model.width,
@@ -148,10 +150,10 @@ def line(outcome: Mapping[str, Any]) -> str:
     quality = outcome["quality"]
     if quality is None:
         return f"{text}{outcome['status']} ({outcome['reason']})"
-    mean, std = (float("nan") if quality[name] is None else quality[name] for name in ("mean", "std"))
-    text += (
-        f"{quality['metric']} {mean:.4f} ± {std:.4f}, {1e3 * outcome['step_time_s']['median']:.1f} ms a step and seed"
-    )
+    mean = float("nan") if quality["mean"] is None else quality["mean"]
+    spread = "" if quality["std"] is None else f" ± {quality['std']:.4f}"
+    milliseconds = 1e3 * outcome["step_time_s"]["median"]
+    text += f"{quality['metric']} {mean:.4f}{spread}, {milliseconds:.1f} ms a step and seed"
     return text if outcome["status"] == "ok" else f"{text}, {outcome['status']}"
 
 

@@ -48,6 +48,8 @@ class ModelOptions:
             default, because they stand outside the attention and so treat all mechanisms alike.
         dropout: of embeddings and of what attention and feed-forward parts add to the stream.
         pooling: how a model that classifies pools its patches: `"mean"`, `"class"` or the name of a catalogued pooling.
+        embedding_std: deviation of token and position tables at the start.
+        residual_scale: factor on the start of the last projection of every attention and feed-forward part.
     """
 
     attention: str = "softmax_attention"
@@ -60,6 +62,8 @@ class ModelOptions:
     position: str = "learned"
     dropout: float = 0.0
     pooling: str = "mean"
+    embedding_std: float = 0.02
+    residual_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "num_heads"):
@@ -141,6 +145,8 @@ def build_model(task: tasks.Task, options: ModelOptions, *, rngs: nnx.Rngs) -> n
         max_length=task.length,
         position=options.position,
         dropout=options.dropout,
+        embedding_std=options.embedding_std,
+        residual_scale=options.residual_scale,
     )
     mechanism = {"attention": options.attention, "attention_options": options.attention_options}
     if task.kind == "lm":

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.cells import BalancedTrainer
+from experiments.cells import START
 from experiments.claims.registry import Claim, Outcome
-from experiments.training import ModelOptions, TrainOptions, stacked_batch, step_keys
+from experiments.training import ModelOptions, Trainer, TrainOptions, stacked_batch, step_keys
 from jattn import tasks
 from jattn.mechanisms.entry import Paper
 
@@ -29,9 +29,9 @@ def train(name: str, quick: bool, report: Callable[[str], None]) -> dict[str, An
     """Train one mechanism through all stages: test accuracies on all of them, and the curve."""
     steps = [3 if quick else count for _, _, count in STAGES]
     chosen = stage_tasks()
-    model = ModelOptions(attention=name, width=64, depth=2, num_heads=2, mlp_ratio=0.0, position="rope")
+    model = ModelOptions(attention=name, width=64, depth=2, num_heads=2, mlp_ratio=0.0, position="rope", **START)
     # The last task gives the model its length; a model with rotary positions takes the shorter ones as they are.
-    trainer = BalancedTrainer(chosen[-1], model, TrainOptions(sum(steps), 2 * BATCH, learning_rate=5e-3))
+    trainer = Trainer(chosen[-1], model, TrainOptions(sum(steps), 2 * BATCH, learning_rate=5e-3))
     states, curve, number = trainer.init_seeds(SEEDS), [], 0
     for task, count in zip(chosen, steps, strict=True):
         seeded = [dataclasses.replace(task, seed=seed) for seed in SEEDS]
@@ -47,7 +47,7 @@ def train(name: str, quick: bool, report: Callable[[str], None]) -> dict[str, An
                 report(f"{name}: step {number}/{sum(steps)}, {task.num_kv_pairs} pairs, loss {np.round(loss, 3)}")
     accuracy = {}
     for task in chosen:
-        judge = BalancedTrainer(task, model, trainer.options)
+        judge = Trainer(task, model, trainer.options)
         found = judge.evaluate(states, "test", stacked=True, max_batches=1 if quick else None)
         accuracy[str(task.num_kv_pairs)] = [float(value) for value in found["accuracy"]]
     return {"accuracy": accuracy, "curve": curve, "params": trainer.num_params}

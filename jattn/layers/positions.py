@@ -58,7 +58,8 @@ class LearnedAbs(nnx.Module):
         features: M.
         dtype: of the result; that of the parameters if not given.
         param_dtype: of the table.
-        rngs: for the initial table, normal with deviation 0.02.
+        std: deviation of the initial table, which is normal.
+        rngs: for the initial table.
 
     Example:
         >>> import jax.numpy as jnp
@@ -70,7 +71,14 @@ class LearnedAbs(nnx.Module):
     """
 
     def __init__(
-        self, max_length: int, features: int, *, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
+        self,
+        max_length: int,
+        features: int,
+        *,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        std: float | int = 0.02,
+        rngs: nnx.Rngs,
     ):
         self.max_length = max_length
         self.table = nnx.Embed(
@@ -78,7 +86,7 @@ class LearnedAbs(nnx.Module):
             features,
             dtype=dtype,
             param_dtype=param_dtype,
-            embedding_init=nnx.initializers.normal(0.02),
+            embedding_init=nnx.initializers.normal(std),
             embedding_metadata=axes("positions", "embed"),
             rngs=rngs,
         )

@@ -77,6 +77,7 @@ class Mlp(nnx.Module):
         self.up = linear(config.features, hidden, "embed", "mlp")
         self.gate = linear(config.features, hidden, "embed", "mlp") if config.mlp == "swiglu" else None
         self.down = linear(hidden, config.features, "mlp", "embed")
+        scale_start(self.down, config.residual_scale)
 
     def __call__(self, x: Float[Array, "B T M"]) -> Float[Array, "B T M"]:
         """Apply the MLP to every token."""
@@ -86,6 +87,12 @@ class Mlp(nnx.Module):
         else:
             hidden = (jax.nn.gelu if self.kind == "gelu" else jax.nn.relu)(hidden)
         return self.down(hidden)
+
+
+def scale_start(projection: Any, factor: float | int) -> None:
+    """Multiply the initial weights of a projection."""
+    if factor != 1:
+        projection.kernel[...] = projection.kernel[...] * factor
 
 
 class Block(nnx.Module):
@@ -120,6 +127,8 @@ class Block(nnx.Module):
             param_dtype=config.param_dtype,
             rngs=rngs,
         )
+        if hasattr(self.attention, "out"):
+            scale_start(self.attention.out, config.residual_scale)
         self.mlp_norm = norm() if config.has_mlp else None
         self.mlp = Mlp(config, rngs=rngs) if config.has_mlp else None
         self.dropout = nnx.Dropout(config.dropout)
@@ -166,7 +175,12 @@ class Stack(nnx.Module):
         learned = None
         if config.position == "learned":
             learned = LearnedAbs(
-                config.max_length, config.features, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
+                config.max_length,
+                config.features,
+                dtype=config.dtype,
+                param_dtype=config.param_dtype,
+                std=config.embedding_std,
+                rngs=rngs,
             )
         self.learned = learned
         self.blocks = nnx.List([Block(config, factory, position, rngs=rngs) for _ in range(config.num_layers)])
@@ -237,13 +251,13 @@ class Stack(nnx.Module):
 
 
 def embedding(config: TransformerConfig, *, rngs: nnx.Rngs) -> nnx.Embed:
-    """The token table of a model, normal with deviation 0.02."""
+    """The token table of a model."""
     return nnx.Embed(
         config.vocab_size,
         config.features,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
-        embedding_init=nnx.initializers.normal(0.02),
+        embedding_init=nnx.initializers.normal(config.embedding_std),
         embedding_metadata=axes("vocab", "embed"),
         rngs=rngs,
     )

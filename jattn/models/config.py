@@ -37,6 +37,9 @@ class TransformerConfig:
         dropout: of embeddings and of what attention and MLP add to the stream.
         tie_embeddings: logits by the embedding table.
         use_bias: whether projections have biases.
+        embedding_std: deviation of token tables, position tables and class tokens at the start.
+        residual_scale: factor on the initial values of the last projection of every attention and MLP. Below 1, the
+            first blocks do not drown what the embeddings have put into the stream: GPT-2 takes 1 / sqrt(2 L).
         dtype: of the computation; that of the parameters if not given.
         param_dtype: of the parameters.
 
@@ -66,6 +69,8 @@ class TransformerConfig:
     dropout: float | int = 0.0
     tie_embeddings: bool = True
     use_bias: bool = False
+    embedding_std: float | int = 0.02
+    residual_scale: float | int = 1.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
 
@@ -82,6 +87,9 @@ class TransformerConfig:
                 raise ValueError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
         if self.mlp_ratio < 0:
             raise ValueError(f"mlp_ratio must not be negative, got {self.mlp_ratio}")
+        for name in ("embedding_std", "residual_scale"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 

@@ -117,7 +117,9 @@ class ViT(nnx.Module):
         )
         token = None
         if pooling == "class":
-            values = 0.02 * jax.random.normal(rngs.params(), (1, 1, config.features), config.param_dtype)
+            values = config.embedding_std * jax.random.normal(
+                rngs.params(), (1, 1, config.features), config.param_dtype
+            )
             token = nnx.Param(values, **axes(None, None, "embed"))
         self.class_token = token
         self.stack = Stack(self.config, factory, bidirectional=True, rngs=rngs)

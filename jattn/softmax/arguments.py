@@ -275,6 +275,7 @@ def build_problem(
         key_positions=_rows("key_positions", key_positions, batch, source) if placed[1] else None,
         query_segments=query_ids,
         key_segments=key_ids,
+        self_segments=segment_ids is not None and not isinstance(segment_ids, tuple),
         score_mod=score_mod,
         seed=seed,
         normalizer=normalizer,

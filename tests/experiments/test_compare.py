@@ -195,11 +195,11 @@ def test_decode_state_of_a_fixed_state_and_of_a_window():
 
 
 def test_the_start_is_rescaled_the_same_way_for_all():
-    trainer = cell_module.BalancedTrainer(
-        tasks.get("mqar", seq_len=16, vocab_size=32, num_kv_pairs=2), ModelOptions(width=8), TrainOptions(steps=2)
+    task = tasks.get("mqar", seq_len=16, vocab_size=32, num_kv_pairs=2)
+    usual, balanced = (
+        Trainer(task, ModelOptions(width=8, **start), TrainOptions(steps=2)).init(3)
+        for start in ({}, cell_module.START)
     )
-    usual = Trainer(trainer.task, trainer.model, trainer.options).init(3)
-    balanced = trainer.init(3)
     ratios = {
         jax.tree_util.keystr(path, simple=True, separator="."): float(np.ravel(new)[0] / np.ravel(old)[0])
         for (path, new), (_, old) in zip(

@@ -82,9 +82,15 @@ def local_keys(problem: Problem, view: View, array):
     return jnp.swapaxes(part, 1, 2).astype(problem.compute_dtype)
 
 
-def localize(problem: Problem, view: View, sources: Sources) -> Sources:
-    """The sources with keys and values replaced by the view's own."""
-    return {**sources, **{n: local_keys(problem, view, sources[n]) for n in ("key", "value") if n in sources}}
+def localize(problem: Problem, schedule: Schedule, view: View, sources: Sources) -> Sources:
+    """The sources with keys and values replaced by the view's own, as they are and turned."""
+    local = {n: local_keys(problem, view, sources[n]) for n in ("key", "value") if n in sources}
+    if schedule.guard == "segments":
+        ids = cut(problem.key_segments[:, None, :, None], view, (0, 0), (problem.sizes[2], 1))
+        local = {n: jnp.where(ids >= 0, x, 0) for n, x in local.items()}
+    # Cutting out and turning in one step is five times slower than one after the other.
+    local = jax.lax.optimization_barrier(local)
+    return {**sources, **local, **{f"{n}_turned": jnp.swapaxes(x, 2, 3) for n, x in local.items()}}
 
 
 def read_values(
@@ -97,8 +103,9 @@ def read_values(
     for name, source in sources.items():
         if name == "query":
             values[name] = cut_rows(source, view, tile.row, blocks[0]).astype(dtype)
-        elif name in ("key", "value"):
-            values[name] = jax.lax.dynamic_slice_in_dim(source, tile.column, blocks[1], axis=2)
+        elif name in tiles.KEY_NAMES:
+            axis = 3 if name.endswith("_turned") else 2
+            values[name] = jax.lax.dynamic_slice_in_dim(source, tile.column, blocks[1], axis=axis)
         elif name == "bias":
             values[name] = tiles.read(source, view, tile, slots, blocks).astype(dtype)
         elif name == "rows":
@@ -124,7 +131,7 @@ def online_softmax(problem: Problem, slots: Slots, schedule: Schedule, sources: 
     carry = varying_like(carry, sources, problem, slots, schedule)
 
     def head(view: View, lists, carry):
-        local = localize(problem, view, sources)
+        local = localize(problem, schedule, view, sources)
 
         def query_tile(i, carry):
             rows = query_rows(problem, slots, schedule, view, query, i)
@@ -164,7 +171,7 @@ def _online_step(problem: Problem, view: View, tile: Tile, logits, value, state)
     return (
         new,
         total * decay + raw.sum(-1),
-        weighted * decay[..., None] + tiles.mix(problem, view, tile, raw, value),
+        weighted * decay[..., None] + tiles.mix(problem, view, tiles.dropped(problem, view, tile, raw), value),
     )
 
 
@@ -185,8 +192,8 @@ def sums(problem: Problem, slots: Slots, schedule: Schedule, phi: Phi, sources: 
     carry = varying_like(carry, sources, moving, problem, slots, schedule)
 
     def head(view: View, lists, carry):
-        local = localize(problem, view, sources)
-        local_moving = None if moving is None else localize(problem, view, moving)
+        local = localize(problem, schedule, view, sources)
+        local_moving = None if moving is None else localize(problem, schedule, view, moving)
 
         def query_tile(i, carry):
             rows = query_rows(problem, slots, schedule, view, query, i)
@@ -212,7 +219,7 @@ def reduce_rows(problem: Problem, slots: Slots, schedule: Schedule, sources: Sou
     carry = varying_like(carry, sources, problem, slots, schedule)
 
     def head(view: View, lists, carry):
-        local = localize(problem, view, sources)
+        local = localize(problem, schedule, view, sources)
 
         def query_tile(i, carry):
             rows = query_rows(problem, slots, schedule, view, sources["query"], i)
@@ -257,8 +264,9 @@ def pull_back(
     row_names, key_names = [n for n in like if n in ("query", "rows")], [n for n in like if n in ("key", "value")]
 
     def head(view: View, lists, carry):
-        local = localize(problem, view, sources)
-        keys = {n: jnp.swapaxes(local_keys(problem, view, carry[n]), 2, 3) for n in key_names}
+        local = localize(problem, schedule, view, sources)
+        keys = {n: _turned_zeros(local[f"{n}_turned"]) for n in key_names}
+        keys = varying_like(keys, carry)
         rest = {n: x for n, x in carry.items() if n not in key_names}
 
         def query_tile(i, state):
@@ -300,16 +308,23 @@ def _row_zeros(like, view: View, row, block: int, dtype):
     return jax.tree.map(zeros, like)
 
 
+def _turned_zeros(turned):
+    # Rows a power of two apart fall into the same lines of a processor's cache; turning them back takes thrice as long.
+    return jnp.pad(jnp.zeros_like(turned), [(0, 0), (0, 0), (0, 0), (0, 16)])
+
+
 def _add_slice(buffer, added, column):
     old = jax.lax.dynamic_slice_in_dim(buffer, column, added.shape[3], axis=3)
     return jax.lax.dynamic_update_slice_in_dim(buffer, old + added, column, axis=3)
 
 
 def _put_keys(problem: Problem, view: View, buffer, local):
-    begin = (view.b, 0, kv_head(problem, view), 0)
-    return jax.lax.dynamic_update_slice(
-        buffer, jnp.transpose(local, (0, 3, 1, 2)).astype(buffer.dtype), starts32(begin)
-    )
+    """Put turned cotangents `[nb, nk, D, S]` into `[B, S, K, D]`."""
+    begin = starts32((view.b, 0, kv_head(problem, view), 0))
+    update = jnp.transpose(local, (0, 3, 1, 2))[:, : buffer.shape[1]].astype(buffer.dtype)
+    if problem.sizes[3] != problem.sizes[4]:  # Heads of a group add to the same keys.
+        update = update + jax.lax.dynamic_slice(buffer, begin, update.shape)
+    return jax.lax.dynamic_update_slice(buffer, update, begin)
 
 
 def _add_rest(rest: Sources, added: Sources, view: View, tile: Tile, slots: Slots) -> Sources:

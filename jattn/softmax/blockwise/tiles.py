@@ -32,7 +32,7 @@ class Tile(NamedTuple):
     """Place of a tile: first row and column, tokens and positions of its slots, visibility (None: all visible).
 
     `seeing` `[nb|1, nh|1, Bq, 1]` and `seen` `[nb|1, nk|1, Bk, 1]` tell which queries see something and which keys are
-    seen by somebody; None where nothing needs to be hidden from a product.
+    seen by somebody; None where nothing needs to be hidden from a product, or is hidden already.
     """
 
     row: Any
@@ -108,8 +108,9 @@ def make_tile(problem: Problem, slots: Slots, schedule: Schedule, view: View, i,
     if schedule.guard == "none":
         return tile._replace(visible=visible)
     if schedule.guard == "segments":
-        query_ids, key_ids = _segments(problem, view, tile, slots, blocks)
-        return tile._replace(visible=visible, seeing=query_ids >= 0, seen=jnp.swapaxes(key_ids, 2, 3) >= 0)
+        # Keys that nobody sees are padding, and were hidden when the head's keys were cut out.
+        query_ids, _ = _segments(problem, view, tile, slots, blocks)
+        return tile._replace(visible=visible, seeing=query_ids >= 0)
     seen = visible.any(-2)[..., None]
     if seen.shape[1] != 1:
         seen = seen.reshape(seen.shape[0], view.kv_heads, view.group, -1, 1).any(2)
@@ -200,31 +201,37 @@ def token_index(array, view: View, tile: Tile):
     return tuple(x if n != 1 else jnp.zeros((1,) * 4, jnp.int32) for x, n in zip(index, array.shape, strict=True))
 
 
+# Keys and values are also kept turned, `[nb, nk, D, S]`, once a head: turning them tile by tile costs a tenth of it.
+KEY_NAMES = ("key", "key_turned", "value", "value_turned")
+
+
 class Sides(NamedTuple):
-    """Scaled queries `[nb, nk, group, Bq, D]`, keys and values `[nb, nk, Bk, ...]` of a tile.
+    """Scaled queries `[nb, nk, group, Bq, D]`, keys and values `[nb, nk, Bk, ...]` of a tile, these also turned.
 
     What nobody in the tile may see is zero already: 0 * NaN is NaN, so it must be gone before any product.
     """
 
     query: Any
     key: Any
+    key_turned: Any
     value: Any
+    value_turned: Any
 
 
 def tile_sides(problem: Problem, view: View, tile: Tile, values: dict[str, Any]) -> Sides:
     """Both sides of a tile, ready for the products."""
-    query, key, value = values["query"], values["key"], values["value"]
+    query, keys = values["query"], [values[n] for n in KEY_NAMES]
     if tile.seeing is not None:
-        query, key, value = (
-            jnp.where(there, x, 0) for there, x in ((tile.seeing, query), (tile.seen, key), (tile.seen, value))
-        )
-    grouped = (query * problem.scale).reshape(view.rows, view.kv_heads, view.group, *query.shape[2:])
-    return Sides(grouped, key, value)
+        query = jnp.where(tile.seeing, query, 0)
+    if tile.seen is not None:
+        seen = (tile.seen, jnp.swapaxes(tile.seen, 2, 3))
+        keys = [jnp.where(there, x, 0) for there, x in zip(seen * 2, keys, strict=True)]
+    return Sides(grouped(view, query * problem.scale), *keys)
 
 
 def products(problem: Problem, view: View, sides: Sides):
     """scale * q . k, `[nb, nh, Bq, Bk]`."""
-    logits = jnp.einsum("bkgtd,bksd->bkgts", sides.query, sides.key, precision=problem.precision)
+    logits = jnp.einsum("bkgtd,bkds->bkgts", sides.query, sides.key_turned, precision=problem.precision)
     return logits.reshape(view.rows, view.heads, *logits.shape[3:])
 
 
@@ -258,12 +265,20 @@ def _offsets(table, center: int, i, j):
     return found.reshape(*shape, *index.shape[2:])
 
 
-def mix(problem: Problem, view: View, tile: Tile, raw, value):
-    """Dropped-out weights `[nb, nh, Bq, Bk]` times values, `[nb, nh, Bq, Dv]`."""
+def dropped(problem: Problem, view: View, tile: Tile, raw):
+    """Weights `[nb, nh, Bq, Bk]` after dropout."""
     heads = (view.b + jnp.arange(view.rows).reshape(-1, 1, 1, 1), view.h + jnp.arange(view.heads).reshape(1, -1, 1, 1))
-    raw = drop_pairs(problem, raw, *heads, tile.query_token, tile.key_token)
-    grouped = raw.reshape(view.rows, view.kv_heads, view.group, *raw.shape[2:])
-    out = jnp.einsum("bkgts,bksd->bkgtd", grouped, value, precision=problem.precision)
+    return drop_pairs(problem, raw, *heads, tile.query_token, tile.key_token)
+
+
+def grouped(view: View, array):
+    """`[nb, nh, ...]` as `[nb, nk, group, ...]`."""
+    return array.reshape(view.rows, view.kv_heads, view.group, *array.shape[2:])
+
+
+def mix(problem: Problem, view: View, weights, value):
+    """Weights `[nb, nh, Bq, Bk]` times values, `[nb, nh, Bq, Dv]`."""
+    out = jnp.einsum("bkgts,bksd->bkgtd", grouped(view, weights), value, precision=problem.precision)
     return out.reshape(view.rows, view.heads, *out.shape[3:])
 
 
@@ -281,43 +296,52 @@ def replaced(values: dict[str, Any], free: dict[str, Any]) -> dict[str, Any]:
     return {**values, **{n: {**values[n], **x} if isinstance(x, dict) else x for n, x in free.items()}}
 
 
+def tile_weights(problem: Problem, view: View, tile: Tile, phi: Phi, logits, values: dict[str, Any]):
+    """Weights `[nb, nh, Bq, Bk]` after dropout, and the sums `[nb, nh, Bq]` of those before it."""
+    raw = phi(modified(problem, view, tile, logits, values), tile.visible, values.get("rows", {}))
+    return dropped(problem, view, tile, raw), raw.sum(-1)
+
+
+def of_seeing(tile: Tile, weighted, total):
+    """What belongs to rows `[nb, nh, Bq, Dv]` and `[nb, nh, Bq]`, 0 for those that see nothing in the tile."""
+    if tile.seeing is None:
+        return weighted, total
+    return jnp.where(tile.seeing, weighted, 0), jnp.where(tile.seeing[..., 0], total, 0)
+
+
 def tile_terms(problem: Problem, view: View, tile: Tile, phi: Phi, values: dict[str, Any]):
     """What a tile adds to its rows: sum_j phi_ij v_j `[nb, nh, Bq, Dv]` and sum_j phi_ij `[nb, nh, Bq]`."""
     sides = tile_sides(problem, view, tile, values)
-    return _terms(problem, view, tile, phi, products(problem, view, sides), sides, values)
-
-
-def _terms(problem: Problem, view: View, tile: Tile, phi: Phi, logits, sides: Sides, values: dict[str, Any]):
-    raw = phi(modified(problem, view, tile, logits, values), tile.visible, values.get("rows", {}))
-    weighted, total = mix(problem, view, tile, raw, sides.value), raw.sum(-1)
-    if tile.seeing is not None:
-        # Also a cotangent that is NaN in a row that sees nothing stops here.
-        weighted, total = jnp.where(tile.seeing, weighted, 0), jnp.where(tile.seeing[..., 0], total, 0)
-    return weighted, total
+    weights, total = tile_weights(problem, view, tile, phi, products(problem, view, sides), values)
+    return of_seeing(tile, mix(problem, view, weights, sides.value), total)
 
 
 def pull_terms(problem: Problem, view: View, tile: Tile, phi: Phi, values, names, cotangents):
     """Transpose of the derivative of `tile_terms` in the entries of `values` that (nested) `names` lists.
 
-    The cotangents of keys and values come out transposed, `[nb, nk, D, Bk]`: as products that leave the `[Bq, Bk]`
-    factor as it lies. (Transposing it, as the derivative of the product would, costs as much as a product.)
+    The cotangents of keys and values come out turned, `[nb, nk, D, Bk]`: as products that leave the `[Bq, Bk]` factor
+    as it lies. (Turning it, as the derivative of the product would, costs as much as a product.)
     """
     sides = tile_sides(problem, view, tile, values)
-    rest = {n: x for n, x in names.items() if n not in ("query", "key")}
+    rest = {n: x for n, x in names.items() if n not in ("query", "key", "value")}
 
-    def terms(logits, free):
-        current = replaced(values, free)
-        new = sides._replace(value=tile_sides(problem, view, tile, current).value)
-        return _terms(problem, view, tile, phi, logits, new, current)
+    def weigh(logits, free):
+        return tile_weights(problem, view, tile, phi, logits, replaced(values, free))
 
-    pulled, added = jax.vjp(terms, products(problem, view, sides), named_in(rest, values))[1](cotangents)
-    pulled = pulled.reshape(view.rows, view.kv_heads, view.group, *pulled.shape[2:])
+    (weights, _), pull = jax.vjp(weigh, products(problem, view, sides), named_in(rest, values))
+    # Also a cotangent that is NaN in a row that sees nothing stops here.
+    weighted, total = of_seeing(tile, *cotangents)
+    weighted = grouped(view, weighted)
+    pulled = jnp.einsum("bkgtd,bkds->bkgts", weighted, sides.value_turned, precision=problem.precision)
+    pulled, added = pull((pulled.reshape(weights.shape), total))
+    pulled = grouped(view, pulled)
+    over_rows = (((2, 3), (2, 3)), ((0, 1), (0, 1)))
     if "query" in names:
         query = jnp.einsum("bkgts,bksd->bkgtd", pulled, sides.key, precision=problem.precision) * problem.scale
         added["query"] = query.reshape(view.rows, view.heads, *query.shape[3:])
     if "key" in names:
-        contract = (((2, 3), (2, 3)), ((0, 1), (0, 1)))
-        added["key"] = jax.lax.dot_general(sides.query, pulled, contract, precision=problem.precision)
+        added["key"] = jax.lax.dot_general(sides.query, pulled, over_rows, precision=problem.precision)
     if "value" in names:
-        added["value"] = jnp.swapaxes(added["value"], 2, 3)
+        value = jax.lax.dot_general(weighted, grouped(view, weights), over_rows, precision=problem.precision)
+        added["value"] = value if tile.seen is None else jnp.where(jnp.swapaxes(tile.seen, 2, 3), value, 0)
     return added
