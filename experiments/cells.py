@@ -52,7 +52,7 @@ learned only after thousands of steps."""
 
 SETTINGS = {
     # Attention alone, as in the paper that proposed the task: with feed-forward parts the same recall takes longer.
-    "mqar": Setting({"seq_len": 32, "vocab_size": 64, "num_kv_pairs": 4}, 400, 64, 5e-3, 0.0, "rope"),
+    "mqar": Setting({"seq_len": 32, "vocab_size": 64, "num_kv_pairs": 4}, 320, 64, 5e-3, 0.0, "rope"),
     "prose": Setting({"seq_len": 64, "eval_characters": 32768}, 240, 16, 5e-3, 2.0, "rope"),
     "code": Setting({"seq_len": 64, "eval_characters": 32768}, 240, 16, 5e-3, 2.0, "rope"),
     "digits": Setting({"patch_size": 2}, 200, 32, 3e-3, 2.0, "learned"),
