@@ -14,14 +14,13 @@ from experiments import measures, records
 from experiments.training import ModelOptions, Trainer, TrainOptions, stacked_batch, step_keys
 from jattn import __version__, catalog, tasks
 from jattn.models.resolve import is_attention, resolve
+from jattn.testing.compiling import quick_jit
 
 CURVE_POINTS = 10
 """How often a cell is judged on validation data while it trains."""
 CURVE_BATCHES = 2
 WARMUP_STEPS = 3
 """Steps whose times are left out: they pay for first touches of memory."""
-
-QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,7 +203,7 @@ def _trained(cell: Cell, task: tasks.Task, report: Callable[[str], None]) -> dic
     seeds, size, steps = cell.seeds, cell.train.batch_size, cell.train.steps
     seeded = [dataclasses.replace(task, seed=seed) for seed in seeds]
     # Starting values are drawn once: a quick compilation is worth more here than a quick program.
-    start = jax.jit(jax.vmap(trainer.init), compiler_options=QUICK_COMPILE)
+    start = quick_jit(jax.vmap(trainer.init))
     states = start(np.asarray(seeds, np.uint32))
     batch = stacked_batch(seeded, "train", 0, size)
 

@@ -3,17 +3,26 @@
 This file is loaded before any module of jattn, so that the import hook sees them all.
 """
 
+import importlib.metadata
 import os
 import pathlib
 import subprocess
 import sys
 import textwrap
 
-import jax
-import jaxtyping
-import pytest
-
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# Programs of tests are small and run once, so they are compiled with little optimization, which halves the time of the
+# suite; what is measured, and errors against a plain program, ask for `usual_options()`. JATTN_TESTS_OPTIMIZED=1
+# compiles everything as users do: .ci/run does so for the engine's tests.
+OPTIMIZED = os.environ.get("JATTN_TESTS_OPTIMIZED") == "1"
+# An option of the compiler, not of jax: where it is not known it would end the process.
+if not OPTIMIZED and importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 # Where annotations are checked at run time, with beartype. Public functions take array-likes and validate themselves
 # with errors of their own, so they do not stand here.
@@ -52,6 +61,7 @@ def cache_directory() -> str:
 
 
 jaxtyping.install_import_hook(modules_to_hook(), "beartype.beartype")
+jax.config.update("jax_disable_most_optimizations", not OPTIMIZED)
 jax.config.update("jax_compilation_cache_dir", cache_directory())
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
@@ -68,7 +78,8 @@ def run_with_devices():
         environment = dict(
             os.environ,
             JAX_PLATFORMS="cpu",
-            XLA_FLAGS=f"--xla_force_host_platform_device_count={num_devices}",
+            XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={num_devices}",
+            JAX_DISABLE_MOST_OPTIMIZATIONS=str(not OPTIMIZED),
             PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
             JAX_COMPILATION_CACHE_DIR=cache_directory(),
             JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",

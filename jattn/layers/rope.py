@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from jattn.layers.rope_scaling import RopeScaling
 from jattn.mechanisms.entry import Cost, Entry, Paper
+from jattn.mechanisms.examples import normals
 
 LAYOUTS = ("half", "interleaved")
 
@@ -123,7 +124,7 @@ class Rope:
 
 
 def _example(key, length):
-    return (jax.random.normal(key, (1, length, 2, 8)), np.arange(length)), {}
+    return (*normals(key, (1, length, 2, 8)), np.arange(length)), {}
 
 
 ENTRY = Entry(

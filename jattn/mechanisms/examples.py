@@ -26,6 +26,24 @@ def normal(key: Any, *shape: int) -> np.ndarray:
     return np.random.default_rng([*seed, *shape]).standard_normal(shape, np.float32)
 
 
+def normals(key: Any, *shapes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+    """Several independent arrays of normal float32 numbers.
+
+    Args:
+        key: a key of jax.random.
+        *shapes: of the arrays.
+
+    Returns:
+        The arrays.
+
+    Example:
+        >>> [x.shape for x in normals(jax.random.key(0), (2, 3), (4,))]
+        [(2, 3), (4,)]
+    """
+    random = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel().tolist())
+    return tuple(random.standard_normal(shape, np.float32) for shape in shapes)
+
+
 def attention_inputs(key: Any, length: int, query_length: int | None = None) -> tuple[tuple[np.ndarray, ...], dict]:
     """Query, key and value of a small grouped-query attention: the example of most primitives.
 

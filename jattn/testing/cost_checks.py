@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from jattn.mechanisms.entry import Entry, growth
-from jattn.testing.jaxprs import count_work
+from jattn.testing.compiling import usual_options
+from jattn.testing.jaxprs import count_program
 from jattn.testing.subject import Call, build
 from jattn.testing.workbench import Failed, NotApplicable, Workbench
 
@@ -27,19 +28,20 @@ def _declared(entry: Entry, what: str) -> tuple[str, float]:
     return expression, growth(expression, long) / growth(expression, short)
 
 
-def _calls(bench: Workbench) -> tuple[Call, Call]:
-    short, long = (build(bench.entry, bench.pattern, length, key_length=length) for length in LENGTHS)
-    return short, long
+def _traced(bench: Workbench) -> tuple[tuple[Call, Any], tuple[Call, Any]]:
+    """Calls at both lengths with their traced programs; tracing is what both checks have in common."""
 
+    def make() -> Any:
+        calls = [build(bench.entry, bench.pattern, length, key_length=length) for length in LENGTHS]
+        return tuple((call, jax.jit(call.function).trace(call.arrays, {})) for call in calls)
 
-def _shapes(call: Call) -> Any:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), call.arrays)
+    return bench.once("cost", make)
 
 
 def check_work(bench: Workbench) -> str:
     """Floating-point work at T and 4 T, counted from the program and not timed, grows as declared."""
     expression, declared = _declared(bench.entry, "flops")
-    short, long = (count_work(call, call.arrays) for call in _calls(bench))
+    short, long = (count_program(traced.jaxpr, call.arrays) for call, traced in _traced(bench))
     if not short:
         raise NotApplicable("it computes no floats")
     ratio = long / short
@@ -51,16 +53,11 @@ def check_work(bench: Workbench) -> str:
     return f"x{ratio:.2f}, declared x{declared:.2f}"
 
 
-def temporary_bytes(call: Call) -> int:
-    """Temporary memory of the compiled forward program, as users compile it."""
-    compiled = jax.jit(call.function).lower(_shapes(call), {}).compile()
-    return int(compiled.memory_analysis().temp_size_in_bytes)
-
-
 def check_memory(bench: Workbench) -> str:
     """Temporary memory of the compiled forward program grows from T to 4 T by no more than declared."""
     expression, declared = _declared(bench.entry, "memory")
-    short, long = map(temporary_bytes, _calls(bench))
+    programs = [traced.lower().compile(usual_options()) for _, traced in _traced(bench)]
+    short, long = (int(program.memory_analysis().temp_size_in_bytes) for program in programs)
     if long > declared * SLACK * max(short, 1):
         raise Failed(
             f"temporary memory grows {long / max(short, 1):.2f} times from T = {LENGTHS[0]} ({short} bytes) to "

@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-"""Compiler options for programs that are compiled to be run once or twice."""
-
+from jattn.testing.compiling import quick_jit
 
 _MOVES = frozenset(
     {"broadcast_in_dim", "reshape", "transpose", "squeeze", "expand_dims", "rev", "slice", "dynamic_slice", "split"}
@@ -88,7 +86,11 @@ def count_work(function: Callable[..., Any], *args: Any) -> float:
         >>> count_work(lambda n, x: jax.lax.fori_loop(0, n, lambda _, x: x + 1, x), 5, jnp.ones(10))
         50.0
     """
-    program = jax.make_jaxpr(function)(*args)
+    return count_program(jax.make_jaxpr(function)(*args), *args)
+
+
+def count_program(program: Any, *args: Any) -> float:
+    """`count_work` of a function that is traced already: its closed jaxpr, and the arguments it was traced with."""
     if not _decides(program.jaxpr):
         return _static_work(program.jaxpr)
 
@@ -96,7 +98,7 @@ def count_work(function: Callable[..., Any], *args: Any) -> float:
     def counter(*leaves: Any) -> Any:
         return _counted(program.jaxpr, program.consts, leaves)[1]
 
-    return float(jax.jit(counter, compiler_options=QUICK)(*jax.tree.leaves(args)))
+    return float(quick_jit(counter)(*jax.tree.leaves(args)))
 
 
 def _decides(jaxpr: Any) -> bool:

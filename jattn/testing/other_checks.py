@@ -14,6 +14,7 @@ import numpy as np
 from jattn import tasks
 from jattn.cache import CachePolicy
 from jattn.tasks.base import SPLITS, summarize
+from jattn.testing.compiling import quick_jit
 from jattn.testing.workbench import (
     LENGTH,
     SHORT,
@@ -22,7 +23,6 @@ from jattn.testing.workbench import (
     Workbench,
     assert_equal_bits,
     assert_same,
-    quick_jit,
 )
 
 BATCH = 2

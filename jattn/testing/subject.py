@@ -21,6 +21,7 @@ from flax import nnx
 
 from jattn.mechanisms.entry import Entry, LayerExample
 from jattn.softmax import masks
+from jattn.testing.compiling import quick_jit
 
 Arrays = dict[str, Any]
 
@@ -320,12 +321,17 @@ def construct(entry: Entry, length: int, seed: int = 0, dtype: Any = None) -> tu
     example = LayerExample(*_example(entry, seed, length))
     options = dict(example.ctor_kwargs)
     names = takes(entry.layer)
-    if "rngs" in names and "rngs" not in options:
-        options["rngs"] = nnx.Rngs(seed)
     if dtype is not None and "dtype" in names:
         options["dtype"] = dtype
-    layer = entry.layer(*example.ctor_args, **options)
-    graph, state = nnx.split(layer)
+    make, own_rngs = entry.layer, "rngs" in names and "rngs" not in options
+
+    def create() -> Any:
+        return make(*example.ctor_args, **options, **({"rngs": nnx.Rngs(seed)} if own_rngs else {}))
+
+    layer = nnx.eval_shape(create)
+    graph, _ = nnx.split(layer)
+    # One quick program for all initial values: drawn one by one they take a compilation each.
+    state = quick_jit(lambda: nnx.split(create())[1])()
     parameters, rebuild = _flat(state)
     prefix = "parameters."
 

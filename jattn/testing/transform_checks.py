@@ -13,7 +13,9 @@ import numpy as np
 from jattn.cache import FullCache
 from jattn.layers.attention import MultiHeadAttention
 from jattn.mechanisms.entry import Entry, LayerExample
+from jattn.mechanisms.examples import normals
 from jattn.testing import jaxprs, tolerance
+from jattn.testing.compiling import quick_jit
 from jattn.testing.subject import Arrays, build, cast, construct
 from jattn.testing.workbench import (
     LENGTH,
@@ -22,7 +24,6 @@ from jattn.testing.workbench import (
     Workbench,
     assert_same,
     differentiate,
-    quick_jit,
     to_numpy,
 )
 
@@ -187,7 +188,6 @@ def as_layer(entry: Entry) -> Entry:
             "value_dim": value.shape[3],
             "attention_fn": functools.partial(entry.target, **kwargs),
         }
-        x = jax.random.normal(key, (query.shape[0], length, heads * width))
-        return LayerExample((heads * width, heads), options, (x,))
+        return LayerExample((heads * width, heads), options, normals(key, (query.shape[0], length, heads * width)))
 
     return Entry(entry.name, "layer", entry.family, layer=MultiHeadAttention, patterns=entry.patterns, example=example)

@@ -15,8 +15,9 @@ from jattn.softmax.api import dot_product_attention
 from jattn.softmax.masks import DEAD, FULL, Mask
 from jattn.softmax.normalizers import Normalizer, StreamState
 from jattn.softmax.score_mods import ScoreMod
+from jattn.testing.compiling import quick_jit
 from jattn.testing.subject import cast
-from jattn.testing.workbench import LENGTH, Failed, NotApplicable, Workbench, assert_same, quick_jit
+from jattn.testing.workbench import LENGTH, Failed, NotApplicable, Workbench, assert_same
 
 BATCH, HEADS = 2, 2
 

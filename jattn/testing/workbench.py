@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.mechanisms.entry import Entry
-from jattn.testing.jaxprs import QUICK
+from jattn.testing.compiling import quick_jit
 from jattn.testing.subject import Arrays, Call, attends, build, cast
 
 LENGTH = 13
@@ -42,11 +42,6 @@ class Result(NamedTuple):
 
     output: Any
     gradients: Arrays
-
-
-def quick_jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`jax.jit` at optimization level 0."""
-    return jax.jit(function, compiler_options=QUICK)
 
 
 def to_numpy(tree: Any) -> Any:
@@ -102,7 +97,8 @@ class Workbench:
         self.entry = entry
         self._made: dict[Any, Any] = {}
 
-    def _once(self, name: Any, make: Callable[[], Any]) -> Any:
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made when it is asked for the first time."""
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
@@ -118,7 +114,7 @@ class Workbench:
         """A call of the entry, with `KEYS` keys in cross attention."""
         pattern = self.pattern if pattern is None else pattern
         name = ("call", pattern, length, seed, dtype)
-        return self._once(name, lambda: build(self.entry, pattern, length, key_length=KEYS, seed=seed, dtype=dtype))
+        return self.once(name, lambda: build(self.entry, pattern, length, key_length=KEYS, seed=seed, dtype=dtype))
 
     @property
     def base(self) -> Call:
@@ -169,7 +165,7 @@ class Workbench:
 
     def forward(self, call: Call) -> Callable[..., Any]:
         """The compiled forward program of a call, `f(arrays, visible)`."""
-        return self._once(("forward", id(call)), lambda: quick_jit(call.function))
+        return self.once(("forward", id(call)), lambda: quick_jit(call.function))
 
     def true_output(self, call: Call, arrays: Arrays | None = None) -> np.ndarray:
         """Output of a call in float64."""

@@ -8,6 +8,7 @@ import pytest
 import jattn
 from jattn.softmax.arguments import build_problem
 from jattn.softmax.blockwise.schedule import make_schedule
+from jattn.testing.compiling import usual_options
 
 
 def compiled(length, gradient, **arguments):
@@ -19,7 +20,7 @@ def compiled(length, gradient, **arguments):
         )
 
     program = jax.grad(lambda *x: run(*x).sum(), (0, 1, 2)) if gradient else run
-    return jax.jit(program).lower(x, x, x).compile()
+    return jax.jit(program).lower(x, x, x).compile(usual_options())
 
 
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "with backward"])

@@ -19,7 +19,7 @@ from jattn import masks, normalizers
 from jattn.softmax.blockwise import loops
 from jattn.softmax.compilers import from_block_mask
 from jattn.softmax.dropout import keep_pairs
-from jattn.testing.jaxprs import QUICK
+from jattn.testing.compiling import quick_jit
 
 CASES = range(*map(int, os.environ.get("FUZZ", "0:24").split(":")))
 
@@ -242,9 +242,7 @@ class Case:
 
         traced = {n: x for n, x in self.fixed.items() if self.traced}
         known = {n: x for n, x in self.fixed.items() if not self.traced}
-        run = jax.jit(
-            lambda arrays, traced: jax.grad(loss, has_aux=True)(arrays, {**traced, **known}), compiler_options=QUICK
-        )
+        run = quick_jit(lambda arrays, traced: jax.grad(loss, has_aux=True)(arrays, {**traced, **known}))
         return lambda arrays: jax.tree.map(np.asarray, run(arrays, traced))
 
     def spread(self, name, kind):

@@ -22,6 +22,7 @@ from flax import nnx
 from jattn.layers.attention import MultiHeadAttention
 from jattn.layers.sharding import axes
 from jattn.mechanisms.entry import Cost, Entry, LayerExample, Paper
+from jattn.mechanisms.examples import normals
 from jattn.softmax.api import dot_product_attention
 
 
@@ -256,14 +257,13 @@ class AgentAttention(MultiHeadAttention):
 
 def _example(key, length, query_length=None):
     shapes = ((2, query_length or length, 4, 8), (2, 3, 4, 8), (2, length, 2, 8), (2, length, 2, 8))
-    keys = jax.random.split(key, 4)
-    return tuple(jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)), {}
+    return normals(key, *shapes), {}
 
 
 def _layer_example(key, length):
     h = math.isqrt(length) if math.isqrt(length) ** 2 == length else 1
     options = {"grid": (h, length // h), "num_agents": 4, "bias_size": 3}
-    return LayerExample((8, 2), options, (jax.random.normal(key, (2, length, 8)),))
+    return LayerExample((8, 2), options, normals(key, (2, length, 8)))
 
 
 _PAPER = Paper("Agent Attention: On the Integration of Softmax and Linear Attention", "2312.08874", 2023)

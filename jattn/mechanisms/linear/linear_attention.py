@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from jattn.cache.recurrent import RecurrentState
 from jattn.mechanisms.entry import PATTERNS, Cost, Entry, Paper
+from jattn.mechanisms.examples import normals
 from jattn.recurrence.arguments import check_arrays, check_rows, check_segments, key_mask
 from jattn.recurrence.feature_maps import get_feature_map, num_features
 from jattn.recurrence.kernel_sums import Kernel, attend_all, attend_causally, attend_in_order, runs_of
@@ -244,10 +245,7 @@ def _first_state(kernel: Kernel, key: Any, value: Any, given: RecurrentState | N
 
 def _example(key, length, query_length=None):
     shapes = ((2, query_length or length, 4, 4), (2, length, 2, 4), (2, length, 2, 4))
-    keys = jax.random.split(key, 3)
-    return tuple(jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True)), {
-        "chunk_size": 8 if length < 64 else 64
-    }
+    return normals(key, *shapes), {"chunk_size": 8 if length < 64 else 64}
 
 
 ENTRY = Entry(

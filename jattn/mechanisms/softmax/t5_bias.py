@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from jattn.mechanisms.entry import Cost, Entry, Paper
+from jattn.mechanisms.examples import normals
 from jattn.softmax.score_mods import Operand, ScoreMod
 
 
@@ -195,7 +196,7 @@ class T5Bias(nnx.Module):
 
 
 def _example(key, length):
-    return (jax.random.normal(key, (32, 4)),), {}
+    return normals(key, (32, 4)), {}
 
 
 ENTRY = Entry(

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.mechanisms.entry import Cost, Entry, Paper
+from jattn.mechanisms.examples import normals
 from jattn.mechanisms.sparse.gna_mask import Neighborhood, gna_layout, gna_mask
 from jattn.softmax import masks
 from jattn.softmax.api import dot_product_attention
@@ -232,11 +233,8 @@ def _extra(query: Any, extra_key: Any, extra_value: Any, segment_ids: Any, optio
 
 
 def _example(key, length):
-    query, *rest = (
-        jax.random.normal(k, (2, length, heads, 8))
-        for k, heads in zip(jax.random.split(key, 3), (4, 2, 2), strict=True)
-    )
-    return (query, *rest), {"window": min(3, length), "is_causal": True}
+    arrays = normals(key, *((2, length, heads, 8) for heads in (4, 2, 2)))
+    return arrays, {"window": min(3, length), "is_causal": True}
 
 
 ENTRY = Entry(

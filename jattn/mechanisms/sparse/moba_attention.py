@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.mechanisms.entry import Cost, Entry, Paper
+from jattn.mechanisms.examples import normals
 from jattn.mechanisms.sparse.moba_chunks import OwnChunk, chunk_means, gates, live_tiles, order_by_chunks
 from jattn.softmax import masks
 from jattn.softmax.api import dot_product_attention
@@ -285,9 +286,7 @@ def _rows(name: str, array: Any, batch: int, length: int) -> Any:
 def _example(key, length):
     small = length < 64
     shapes = ((2, length, 4, 8), (2, length, 2, 8), (2, length, 2, 8)) if small else ((1, length, 1, 8),) * 3
-    keys = jax.random.split(key, 3)
-    arrays = tuple(jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True))
-    return arrays, {"chunk_size": 3, "topk": 2} if small else {"chunk_size": 64, "topk": 8}
+    return normals(key, *shapes), {"chunk_size": 3, "topk": 2} if small else {"chunk_size": 64, "topk": 8}
 
 
 ENTRY = Entry(
