@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jattn.softmax import blockwise, reference
 from jattn.softmax.arguments import build_problem
-from jattn.softmax.dispatch import Explanation, choose
+from jattn.softmax.dispatch import Explanation, choose, kernel_module
 from jattn.softmax.merge import join_sinks
 from jattn.softmax.problem import Problem
 
@@ -132,8 +132,11 @@ def dot_product_attention(
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _run(problem: Problem, sinks, implementation: str, return_residual: bool):
-    attend = {"reference": reference.attend, "blockwise": blockwise.attend}[implementation]
-    out, lse = attend(problem, return_residual or sinks is not None)
+    residual = return_residual or sinks is not None
+    if implementation == "reference":
+        out, lse = reference.attend(problem, residual)
+    else:
+        out, lse = blockwise.attend(problem, residual, kernel_module(implementation))
     if sinks is not None:
         out = join_sinks(out, lse, sinks)
     out = checkpoint_name(out.astype(problem.query.dtype), "attention_out")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from typing import Any
 
 import jax
 
 from jattn.softmax.problem import Problem
 
-IMPLEMENTATIONS = ("reference", "blockwise")
+IMPLEMENTATIONS = ("reference", "blockwise", "triton")
+KERNELS = {"triton": "gpu"}
+"""Platform of each kernel."""
 # Below this many pairs a head, one fused quadratic program beats a loop over tiles (measured with
 # `python -m experiments.benchmark`), and its memory does not matter yet.
 _SMALL_PAIRS = 512 * 512
@@ -27,11 +31,18 @@ class Explanation:
         return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.others.items()])
 
 
+def kernel_module(implementation: str) -> Any:
+    """The module behind a kernel's name, None for other implementations."""
+    # Pallas takes as long to import as the rest of the library, and most sessions on CPUs never need it.
+    return importlib.import_module(f"jattn.softmax.{implementation}") if implementation in KERNELS else None
+
+
 def choose(problem: Problem, implementation: str | None) -> Explanation:
     """The implementation for a problem.
 
     Raises:
       ValueError: an unknown name.
+      NotImplementedError: a kernel was asked for that does not take the problem; the message says who does.
     """
     _, length, source, _, _ = problem.sizes
     platform = jax.default_backend()
@@ -41,11 +52,22 @@ def choose(problem: Problem, implementation: str | None) -> Explanation:
             f"{', '.join(IMPLEMENTATIONS)}, 'xla' for the better of the two, and None to choose by platform and shape"
         )
     others = {}
+    if implementation in KERNELS:
+        reason = kernel_module(implementation).unsupported(problem)
+        if reason:
+            raise NotImplementedError(f"dot_product_attention: implementation {implementation!r}: {reason}")
     if implementation in IMPLEMENTATIONS:
         others = {name: "another one was asked for" for name in IMPLEMENTATIONS if name != implementation}
         return Explanation(implementation, "asked for", others)
+    for name, home in KERNELS.items():
+        others[name] = f"it runs on a {home}, this is a {platform}"
+        if platform == home:
+            others[name] = kernel_module(name).unsupported(problem)
+        if not others[name]:
+            rest = dict.fromkeys((n for n in IMPLEMENTATIONS if n != name), f"{name} is faster on a {home}")
+            return Explanation(name, f"one fused kernel on {platform}", rest)
     if length * source <= _SMALL_PAIRS:
         why = f"{length} x {source} pairs a head are few enough for one quadratic program on {platform}"
-        return Explanation("reference", why, {"blockwise": "its loop over tiles pays off beyond 512 x 512 pairs"})
+        return Explanation("reference", why, {"blockwise": "its loop pays off beyond 512 x 512 pairs", **others})
     why = f"{length} x {source} pairs a head: tiles keep the memory linear and skip what no query sees"
-    return Explanation("blockwise", why, {"reference": f"it would hold {length} x {source} logits for every head"})
+    return Explanation("blockwise", why, {"reference": f"it would hold {length} x {source} logits a head", **others})

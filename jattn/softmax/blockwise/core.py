@@ -22,12 +22,16 @@ from jattn.softmax.problem import Problem
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Everything a pass over the tiles needs that carries no gradient; `stage` says what phi is."""
+    """Everything a pass over the tiles needs that carries no gradient; `stage` says what phi is.
+
+    With `kernel`, forward and backward passes are the kernel's; tangents, and derivatives of derivatives, are not.
+    """
 
     problem: Problem
     slots: Slots
     schedule: Schedule
     stage: Any = dataclasses.field(metadata={"static": True})
+    kernel: Any = dataclasses.field(default=None, metadata={"static": True})
 
     def phi(self, logits, visible, rows):
         """Unnormalized weights of a tile."""
@@ -59,6 +63,9 @@ def _programs(setting: Setting, names) -> Programs:
     def transpose(residuals, cotangents):
         setting, sources = residuals
         like = _named(sources, names)
+        if setting.kernel is not None and setting.kernel.pulls(like):
+            staged = dataclasses.replace(setting.problem, normalizer=setting.stage)
+            return setting.kernel.pull_back(staged, sources, cotangents, like)
         return loops.pull_back(setting.problem, setting.slots, setting.schedule, setting.phi, sources, cotangents, like)
 
     return Programs(forward, transpose, lambda residuals, moving: _plain_sums(*residuals, moving))
@@ -133,6 +140,8 @@ def _tangent(setting: Setting, sources, tangents, like):
 @jax.custom_jvp
 def softmax_core(setting: Setting, sources):
     """Output and lse of the softmax, in slot space: `[B, slots, N, Dv]`, `[B, slots, N]`."""
+    if setting.kernel is not None:
+        return setting.kernel.forward(dataclasses.replace(setting.problem, normalizer=Softmax()), sources)
     return loops.online_softmax(setting.problem, setting.slots, setting.schedule, sources)
 
 
@@ -156,6 +165,8 @@ softmax_core.defjvp(_softmax_rule, symbolic_zeros=True)
 @jax.custom_jvp
 def pointwise_core(setting: Setting, sources):
     """sum_j phi_ij v_j and sum_j phi_ij, in slot space."""
+    if setting.kernel is not None:
+        return setting.kernel.forward(dataclasses.replace(setting.problem, normalizer=setting.stage), sources)
     return loops.sums(setting.problem, setting.slots, setting.schedule, setting.phi, sources)
 
 
@@ -170,9 +181,14 @@ def _pointwise_rule(primals, tangents):
 pointwise_core.defjvp(_pointwise_rule, symbolic_zeros=True)
 
 
-def attend(problem: Problem, return_residual: bool):
-    """Output `[B, T, N, Dv]` in the computing dtype, and lse `[B, T, N]` (None unless `return_residual`)."""
-    schedule = make_schedule(problem, loops.one_head_at_a_time())
+def attend(problem: Problem, return_residual: bool, kernel: Any = None):
+    """Output `[B, T, N, Dv]` in the computing dtype, and lse `[B, T, N]` (None unless `return_residual`).
+
+    `kernel` is a module with `forward`, `pull_back` and `pulls` that stands in for the loops over tiles.
+    """
+    # Block sizes that were asked for are the kernel's.
+    own = problem if kernel is None else dataclasses.replace(problem, block_sizes=None)
+    schedule = make_schedule(own, loops.one_head_at_a_time())
     sources: dict[str, Any] = {"query": problem.query, "key": problem.key, "value": problem.value}
     if problem.bias is not None:
         sources["bias"] = problem.bias
@@ -180,7 +196,7 @@ def attend(problem: Problem, return_residual: bool):
         sources["operands"] = problem.operands
     problem, slots, sources = _to_slots(problem, sources)
     aux = dataclasses.replace(problem, query=None, key=None, value=None, bias=None, operands={})
-    setting = Setting(aux, slots, schedule, Softmax())
+    setting = Setting(aux, slots, schedule, Softmax(), kernel)
     lse = None
     if return_residual or isinstance(problem.normalizer, Softmax):
         out, lse = softmax_core(setting, sources)

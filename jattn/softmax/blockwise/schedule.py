@@ -52,7 +52,7 @@ def make_schedule(problem: Problem, one_head: bool) -> Schedule:
       one_head: whether heads run one after the other, so that each may have lists of its own. If not, all heads share
         one list, made only from what is static and from the layout: joining others would talk between devices.
     """
-    code, blocks = _code(problem, one_head)
+    code, blocks = tile_code(problem, one_head)
     if not one_head:
         xp = np if isinstance(code, np.ndarray) else jnp
         live, full = xp.any(code != DEAD, (0, 1), keepdims=True), xp.all(code == FULL, (0, 1), keepdims=True)
@@ -67,11 +67,12 @@ def make_schedule(problem: Problem, one_head: bool) -> Schedule:
         *blocks,
         any_full=bool((code == FULL).any()) if known else True,
         any_partial=bool((code == PARTIAL).any()) if known else True,
-        guard=_guard(problem),
+        guard=find_guard(problem),
     )
 
 
-def _guard(problem: Problem) -> str:
+def find_guard(problem: Problem) -> str:
+    """How partial tiles find what nobody may see; see `Schedule`."""
     _, length, source, _, _ = problem.sizes
     other = problem.layout is not None or problem.mask_arrays or jax.tree.leaves(problem.mask)
     if other or length != source or problem.query_positions is not None or problem.key_positions is not None:
@@ -84,7 +85,7 @@ def _guard(problem: Problem) -> str:
     return "segments" if problem.self_segments else "tile"
 
 
-def _code(problem: Problem, one_head: bool):
+def tile_code(problem: Problem, one_head: bool):
     """Class of every tile, int8 `[1|B, 1|N, nQ, nK]`, numpy if it is known while tracing; and the tile sizes."""
     batch, length, source, num_heads, _ = problem.sizes
     layout = problem.layout

@@ -1,0 +1,209 @@
+"""The Triton kernel behind the softmax engine: what it takes, and how a `Problem` becomes its arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jattn.softmax.blockwise import schedule
+from jattn.softmax.layout import lists_from_live
+from jattn.softmax.masks import FULL, PARTIAL
+from jattn.softmax.normalizers import Pointwise, Softmax
+from jattn.softmax.problem import Problem, drop_pairs, modify_logits
+from pallas_kernels.flash_attention import sizes as tile_sizes
+from pallas_kernels.flash_attention import triton as kernel
+from pallas_kernels.flash_attention.pipeline import Pipeline, TileInput, TileLists
+
+DTYPES = ("float32", "bfloat16", "float16")
+MAX_HEAD_DIM = 256
+
+
+def unsupported(problem: Problem) -> str:
+    """Why the kernel cannot take a problem, with who can; empty if it can."""
+    _, _, _, _, _ = problem.sizes
+    dtypes = {str(x.dtype) for x in (problem.query, problem.key, problem.value)}
+    widths = (problem.query.shape[-1], problem.value.shape[-1])
+    reason = ""
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        reason = f"queries, keys and values of {', '.join(sorted(dtypes))}; it takes one of {', '.join(DTYPES)}"
+    elif max(widths) > MAX_HEAD_DIM:
+        reason = f"head dims {widths[0]} and {widths[1]}; its tiles reach to {MAX_HEAD_DIM}"
+    elif problem.layout is not None:
+        reason = "a block layout"
+    elif jax.tree.leaves(problem.mask):
+        reason = "a mask that holds arrays (one that is a function of positions alone, or a boolean array, it takes)"
+    elif not isinstance(problem.normalizer, Softmax | Pointwise):
+        reason = f"the normalizer {type(problem.normalizer).__name__}, which needs two passes"
+    return reason and f"it does not take {reason}; 'blockwise' does"
+
+
+def _inputs(problem: Problem, sources: dict[str, Any]) -> dict[str, TileInput]:
+    """Everything that tiles read besides queries, keys and values."""
+    arrays: dict[str, Any] = {
+        "query_positions": _rows(problem.query_positions),
+        "key_positions": _columns(problem.key_positions),
+        "query_segments": _rows(problem.query_segments),
+        "key_segments": _columns(problem.key_segments),
+        "bias": sources.get("bias"),
+    }
+    # Booleans have no pointers.
+    arrays |= {f"mask {n}": array.astype(jnp.int8) for n, array in enumerate(problem.mask_arrays)}
+    if problem.dropout_rate:
+        arrays |= {f"seed {n}": problem.seed[n].reshape(1, 1, 1, 1) for n in range(2)}
+    inputs = {name: TileInput(jnp.asarray(array)) for name, array in arrays.items() if array is not None}
+    centers = {} if problem.score_mod is None else problem.score_mod.flat_operands()
+    for name, array in sources.get("operands", {}).items():
+        table = array.ndim == 3
+        center = centers[name].offset_center() if table else None
+        inputs[f"operand {name}"] = TileInput(array[:, :, None] if table else array, center)
+    return inputs
+
+
+def _rows(array: Any) -> Any:
+    return None if array is None else jnp.asarray(array, jnp.int32)[:, None, :, None]
+
+
+def _columns(array: Any) -> Any:
+    return None if array is None else jnp.asarray(array, jnp.int32)[:, None, None, :]
+
+
+def _pipeline(problem: Problem, guard: bool) -> Pipeline:
+    operands = () if problem.score_mod is None else tuple(problem.score_mod.flat_operands())
+
+    def positions(place, tiles):
+        return tiles.get("query_positions", place.row), tiles.get("key_positions", place.column)
+
+    def visible(place, tiles):
+        terms = [tiles[f"mask {n}"] != 0 for n in range(len(problem.mask_arrays))]
+        if problem.query_segments is not None:
+            ids = tiles["query_segments"]
+            terms.append((ids == tiles["key_segments"]) & (ids >= 0))
+        if problem.mask is not None:
+            terms.append(problem.mask(place.b, place.h, *positions(place, tiles)))
+        seen = jnp.ones((1, 1), bool)
+        for term in terms:
+            seen = seen & term
+        return seen
+
+    def modify(logits, place, tiles):
+        own = {name: tiles[f"operand {name}"] for name in operands}
+        return modify_logits(problem, logits, own, tiles.get("bias"), place.b, place.h, *positions(place, tiles))
+
+    def drop(weights, place, tiles):
+        seeded = dataclasses.replace(problem, seed=(tiles["seed 0"], tiles["seed 1"]))
+        return drop_pairs(seeded, weights, place.b, place.h, place.row, place.column)
+
+    modifies = problem.score_mod is not None or problem.logit_soft_cap is not None or "bias" in _named(problem)
+    return Pipeline(
+        visible,
+        modify if modifies else None,
+        drop if problem.dropout_rate else None,
+        None if isinstance(problem.normalizer, Softmax) else problem.normalizer.phi,
+        guard,
+    )
+
+
+def _named(problem: Problem) -> set[str]:
+    return set() if problem.bias is None else {"bias"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a problem is cut: tile sizes, lists of both sides, and the class of every tile."""
+
+    sizes: tile_sizes.TileSizes
+    rows: TileLists
+    columns: TileLists
+    code: Any
+
+
+def make_tiling(problem: Problem, sizes: tile_sizes.TileSizes) -> Tiling:
+    """The live tiles of a problem, from its masks and segments; a tile that is cut off at an end counts as partial."""
+    _, length, source, _, _ = problem.sizes
+    blocks = (sizes.block_q, sizes.block_k)
+    cut = dataclasses.replace(problem, block_sizes=tuple(min(x) for x in zip(blocks, (length, source), strict=True)))
+    code, _ = schedule.tile_code(cut, True)
+    xp = np if isinstance(code, np.ndarray) else jnp
+    ragged = np.zeros(code.shape[2:], bool)
+    ragged[-1:] |= bool(length % sizes.block_q)
+    ragged[:, -1:] |= bool(source % sizes.block_k)
+    code = xp.where((code == FULL) & ragged, np.int8(PARTIAL), code)
+    return Tiling(sizes, _lists(code), _lists(code.swapaxes(2, 3)), jnp.asarray(code, jnp.int32))
+
+
+def _lists(code: Any) -> TileLists:
+    nothing = np.zeros(code.shape, bool)
+    found: list[Any] = []
+    for wanted in (FULL, PARTIAL):
+        count, index, _ = lists_from_live(code == wanted, nothing, code.shape[-1])
+        found += [jnp.asarray(count, jnp.int32), jnp.asarray(index, jnp.int32)]
+    known = isinstance(code, np.ndarray)
+    exists = [bool((code == wanted).any()) if known else True for wanted in (FULL, PARTIAL)]
+    return TileLists(*found, *exists)
+
+
+def _sizes(problem: Problem, sources: dict[str, Any], backward: bool) -> tile_sizes.TileSizes:
+    query, value = sources["query"], sources["value"]
+    widths = (query.shape[-1], value.shape[-1], query.dtype.itemsize)
+    capability = _capability()
+    if problem.block_sizes is not None:
+        sizes = tile_sizes.TileSizes(*problem.block_sizes)
+        tile_sizes.check(sizes, *widths, backward, capability)
+        return sizes
+    return tile_sizes.choose(*widths, backward, capability)
+
+
+def _capability() -> str:
+    if interpreted():
+        return "9.0"
+    return str(getattr(jax.devices("gpu")[0], "compute_capability", "8.0"))
+
+
+def interpreted() -> bool:
+    """Whether the kernel runs in Pallas' interpreter: where there is no GPU, so that it can be tested."""
+    return jax.default_backend() != "gpu"
+
+
+def _options(problem: Problem) -> dict[str, Any]:
+    return {"scale": problem.scale, "precision": problem.precision, "interpret": interpreted()}
+
+
+def _arguments(problem: Problem, sources: dict[str, Any], backward: bool) -> tuple[tuple[Any, ...], Tiling]:
+    guard = schedule.find_guard(problem) != "none"
+    with_bias = dataclasses.replace(problem, bias=sources.get("bias"))
+    tiling = make_tiling(problem, _sizes(problem, sources, backward))
+    arrays = (sources["query"], sources["key"], sources["value"])
+    return (*arrays, tiling.rows, _inputs(problem, sources), _pipeline(with_bias, guard), tiling.sizes), tiling
+
+
+def forward(problem: Problem, sources: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """Output `[B, T, N, Dv]` and lse `[B, T, N]`; for pointwise normalizers unscaled sums and sums of weights."""
+    out, lse = kernel.forward(*_arguments(problem, sources, False)[0], **_options(problem))
+    return out, jnp.swapaxes(lse, 1, 2)
+
+
+def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: dict[str, Any]) -> dict[str, Any]:
+    """Transpose of the tangent of the sums: cotangents of both sums in, those of the sources named in `like` out."""
+    arguments, tiling = _arguments(problem, sources, True)
+    weighted, total = cotangents
+    if "rows" in sources:
+        lse = jnp.swapaxes(sources["rows"]["lse"], 1, 2)
+    else:
+        lse = jnp.zeros((total.shape[0], total.shape[2], total.shape[1]), jnp.float32)
+    given = kernel.Backward(
+        weighted.astype(sources["value"].dtype), lse, jnp.swapaxes(total, 1, 2), tiling.code, tiling.columns
+    )
+    wanted = [f"operand {name}" for name in like.get("operands", {})] + (["bias"] if "bias" in like else [])
+    query, key, value, inputs = kernel.backward(*arguments, given, wanted, **_options(problem))
+    found: dict[str, Any] = {"query": query, "key": key, "value": value, "bias": inputs.get("bias")}
+    found["operands"] = {name: inputs[f"operand {name}"] for name in like.get("operands", {})}
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), {n: found[n] for n in like}, like)
+
+
+def pulls(like: dict[str, Any]) -> bool:
+    """Whether the kernel has all of these gradients: it has none of offset tables, nor of what rows carry."""
+    return "rows" not in like and all(x.ndim != 3 for x in like.get("operands", {}).values())

@@ -1,0 +1,92 @@
+"""What all backends of the attention kernel share: tile inputs, lists of tiles, and the functions between products."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Place(NamedTuple):
+    """Where a tile lies: batch row, query head, row numbers `[Bq, 1]` and column numbers `[1, Bk]`, int32."""
+
+    b: Any
+    h: Any
+    row: Any
+    column: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TileInput:
+    """An array that tiles read beside queries, keys and values.
+
+    Without `center`: `[B|1, N|1, T|1, S|1]`, read at the rows and columns of the tile. With it: a table
+    `[B|1, N|1, 1, R]` read at (key position - query position + center), clipped to its ends.
+    """
+
+    array: jax.Array
+    center: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def reads(self) -> tuple[bool, ...]:
+        """Which of the four axes are more than one long."""
+        return tuple(size != 1 for size in self.array.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TileLists:
+    """For each tile of one side the tiles of the other that are visited: all visible ones, then partly visible ones.
+
+    Counts `[B|1, N|1, n]` and indices `[B|1, N|1, n, M]`, int32. `any_full` and `any_partial` are False only where no
+    such tile can exist.
+    """
+
+    full_count: jax.Array
+    full_index: jax.Array
+    partial_count: jax.Array
+    partial_index: jax.Array
+    any_full: bool = dataclasses.field(default=True, metadata={"static": True})
+    any_partial: bool = dataclasses.field(default=True, metadata={"static": True})
+
+
+Tiles = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """What happens between the two products, on one tile.
+
+    Args:
+        modify: `modify(logits, place, tiles) -> logits`: cap, score functions, bias. None changes nothing.
+        visible: `visible(place, tiles) -> bool`, asked in partial tiles only.
+        drop: `drop(weights, place, tiles) -> weights`: dropout. None drops nothing.
+        phi: `phi(logits) -> weights` of a pointwise normalizer; None for softmax.
+        guard: whether partial tiles may hold rows or columns that nobody sees, whose values must be hidden.
+    """
+
+    visible: Callable[[Place, Tiles], Any]
+    modify: Callable[[Any, Place, Tiles], Any] | None = None
+    drop: Callable[[Any, Place, Tiles], Any] | None = None
+    phi: Callable[[Any], Any] | None = None
+    guard: bool = True
+
+    def logits(self, products: Any, visible: Any, place: Place, tiles: Tiles) -> Any:
+        """Modified logits; finite where not visible as long as the products are."""
+        if visible is not None and (self.modify is not None or self.phi is not None):
+            products = jnp.where(visible, products, 0)
+        return products if self.modify is None else self.modify(products, place, tiles)
+
+    def weights(self, products: Any, visible: Any, place: Place, tiles: Tiles, lse: Any) -> tuple[Any, Any]:
+        """Weights after dropout, and before it; `lse` `[Bq, 1]` is 0 where a row sees nothing, None without softmax."""
+        logits = self.logits(products, visible, place, tiles)
+        if self.phi is not None:
+            raw = self.phi(logits)
+        else:
+            raw = jnp.exp((logits if visible is None else jnp.where(visible, logits, -jnp.inf)) - lse)
+        raw = raw if visible is None else jnp.where(visible, raw, 0)
+        return (raw if self.drop is None else self.drop(raw, place, tiles)), raw
