@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +18,8 @@ from jattn.softmax.problem import Problem, dense_visibility, drop_pairs, modify_
 def attend(problem: Problem, return_residual: bool) -> tuple[Float[Array, "B T N Dv"], Float[Array, "B T N"] | None]:
     """Output `[B, T, N, Dv]` in the computing dtype, and lse `[B, T, N]` (None unless `return_residual`)."""
     visible = dense_visibility(problem)
-    query, key, value, seeing = _without_unseen(problem, visible)
-    logits, visible = _masked_logits(problem, query, key, visible)
+    query, value, seen, seeing = _without_unseen(problem, visible)
+    logits = _masked_logits(problem, query, problem.key, seen, visible)
     weights, lse = _normalize(problem, logits, visible, return_residual)
     _, length, source, _, _ = problem.sizes
     rows, columns = np.arange(length)[:, None], np.arange(source)
@@ -29,14 +31,15 @@ def attend(problem: Problem, return_residual: bool) -> tuple[Float[Array, "B T N
 
 
 def _without_unseen(problem: Problem, visible):
-    """Zero the keys and values that nobody sees and the queries that see nothing: 0 * NaN would be NaN.
+    """Zero the values that nobody sees and the queries that see nothing: 0 * NaN would be NaN.
 
     Returns:
-      query, key, value and which queries see something, `[B|1, T, N|1, 1]`; None if known to be all.
+      query and value; which keys are seen `[B|1, S, K|1, 1]`, and which queries see something, `[B|1, T, N|1, 1]`;
+      None if known to be all.
     """
-    query, key, value = problem.query, problem.key, problem.value
+    query, value, seen = problem.query, problem.value, None
     if visible is None:
-        return query, key, value, None
+        return query, value, None, None
     batch, length, source, num_heads, kv_heads = problem.sizes
     xp = np if isinstance(visible, np.ndarray) else jnp
     seen_key = xp.broadcast_to(visible.any(2), (*visible.shape[:2], source))
@@ -45,27 +48,44 @@ def _without_unseen(problem: Problem, visible):
     seeing_query = xp.broadcast_to(visible.any(3), (*visible.shape[:2], length))
     if xp is jnp or not seen_key.all():
         seen = jnp.swapaxes(jnp.asarray(seen_key), 1, 2)[..., None]
-        key, value = jnp.where(seen, key, 0), jnp.where(seen, value, 0)
-    # A mask without a query axis hides all keys of a row or none: with the keys zero, such rows are 0 by themselves,
+        value = jnp.where(seen, value, 0)
+    # A mask without a query axis hides all keys of a row or none: with the values zero, such rows are 0 by themselves,
     # unless another head of the group sees those keys.
     by_itself = visible.shape[2] == 1 and (visible.shape[1] == 1 or num_heads == kv_heads)
     if not by_itself and (xp is jnp or not seeing_query.all()):
         seeing = jnp.swapaxes(jnp.asarray(seeing_query), 1, 2)[..., None]
-        return jnp.where(seeing, query, 0), key, value, seeing
-    return query, key, value, None
+        return jnp.where(seeing, query, 0), value, seen, seeing
+    return query, value, seen, None
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _products_of_seen(multiply: Callable[[Any, Any], Any], seen: Any, query: Any, key: Any) -> Any:
+    """multiply(query, key), with a derivative that unseen keys do not reach; their logits are hidden anyway."""
+    return multiply(query, key)
+
+
+@_products_of_seen.defjvp
+def _products_of_seen_tangent(multiply: Callable[[Any, Any], Any], primals: Any, tangents: Any) -> Any:
+    seen, query, key = primals
+    moved = multiply(tangents[1], jnp.where(seen, key, 0)) + multiply(query, tangents[2])
+    return _products_of_seen(multiply, *primals), moved
 
 
 def _masked_logits(
-    problem: Problem, query: Float[Array, "B T N D"], key: Float[Array, "B S K D"], visible: Any
-) -> tuple[Float[Array, "B N T S"], Any]:
+    problem: Problem, query: Float[Array, "B T N D"], key: Float[Array, "B S K D"], seen: Any, visible: Any
+) -> Float[Array, "B N T S"]:
     batch, length, source, num_heads, kv_heads = problem.sizes
     dtype = problem.compute_dtype
     how = {"precision": problem.precision, "preferred_element_type": dtype}
-    if num_heads == kv_heads:
-        logits = jnp.einsum("btnd,bsnd->bnts", query, key, **how)
-    else:
+
+    def multiply(query: Any, key: Any) -> Any:
+        if num_heads == kv_heads:
+            return jnp.einsum("btnd,bsnd->bnts", query, key, **how)
         grouped = query.reshape(batch, length, kv_heads, num_heads // kv_heads, -1)
-        logits = jnp.einsum("btkgd,bskd->bkgts", grouped, key, **how).reshape(batch, num_heads, length, source)
+        logits = jnp.einsum("btkgd,bskd->bkgts", grouped, key, **how)
+        return logits.reshape(batch, num_heads, length, source)
+
+    logits = multiply(query, key) if seen is None else _products_of_seen(multiply, seen, query, key)
     logits = logits * jnp.asarray(problem.scale, dtype)
     modified = problem.logit_soft_cap is not None or problem.score_mod is not None
     if visible is not None and modified:
@@ -76,7 +96,7 @@ def _masked_logits(
     if problem.score_mod is not None:
         offsets = {n: o for n, o in problem.score_mod.flat_operands().items() if o.kind == "offset"}
         tiles = {n: _offsets(x, offsets[n].offset_center(), i, j) if n in offsets else x for n, x in tiles.items()}
-    return modify_logits(problem, logits, tiles, problem.bias, *_heads(problem), i, j), visible
+    return modify_logits(problem, logits, tiles, problem.bias, *_heads(problem), i, j)
 
 
 def _heads(problem: Problem):
@@ -121,8 +141,22 @@ def _finite_softmax(logits: Float[Array, "B N T S"], visible: Any) -> Float[Arra
     than guarding all weights. A bias or a score mod may hide visible keys with -inf and takes the general way.
     """
     if visible is None:
-        return jax.nn.softmax(logits)
-    return jax.nn.softmax(jnp.where(visible, logits, -0.7 * jnp.finfo(logits.dtype).max))
+        return _softmax(logits)
+    return _softmax(jnp.where(visible, logits, -0.7 * jnp.finfo(logits.dtype).max))
+
+
+@jax.custom_jvp
+def _softmax(logits: Float[Array, "B N T S"]) -> Float[Array, "B N T S"]:
+    return jax.nn.softmax(logits)
+
+
+@_softmax.defjvp
+def _softmax_tangent(primals: Any, tangents: Any) -> Any:
+    """w' = w x' - w sum_j w_j x'_j, both sums as dots: XLA's CPU backend takes fifty times longer otherwise."""
+    weights, moving = _softmax(*primals), tangents[0]
+    how = {"precision": jax.lax.Precision.HIGHEST}
+    mean = jnp.einsum("bnts,bnts->bnt", weights, moving, **how)
+    return weights, weights * moving - jnp.einsum("bnts,bnt->bnts", weights, mean, **how)
 
 
 def _mix(

@@ -88,8 +88,6 @@ def localize(problem: Problem, schedule: Schedule, view: View, sources: Sources)
     if schedule.guard == "segments":
         ids = cut(problem.key_segments[:, None, :, None], view, (0, 0), (problem.sizes[2], 1))
         local = {n: jnp.where(ids >= 0, x, 0) for n, x in local.items()}
-    # Cutting out and turning in one step is five times slower than one after the other.
-    local = jax.lax.optimization_barrier(local)
     return {**sources, **local, **{f"{n}_turned": jnp.swapaxes(x, 2, 3) for n, x in local.items()}}
 
 
