@@ -84,7 +84,7 @@ def local_keys(problem: Problem, view: View, array):
 
 def localize(problem: Problem, schedule: Schedule, view: View, sources: Sources) -> Sources:
     """The sources with keys and values replaced by the view's own, as they are and turned."""
-    local = {n: local_keys(problem, view, sources[n]) for n in ("key", "value") if n in sources}
+    local: Sources = {n: local_keys(problem, view, sources[n]) for n in ("key", "value") if n in sources}
     if schedule.guard == "segments":
         ids = cut(problem.key_segments[:, None, :, None], view, (0, 0), (problem.sizes[2], 1))
         local = {n: jnp.where(ids >= 0, x, 0) for n, x in local.items()}
