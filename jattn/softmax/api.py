@@ -13,6 +13,7 @@ from jattn.softmax import blockwise, reference
 from jattn.softmax.arguments import build_problem
 from jattn.softmax.dispatch import Explanation, choose, kernel_module
 from jattn.softmax.merge import join_sinks
+from jattn.softmax.platforms import Platform, current
 from jattn.softmax.problem import Problem
 
 
@@ -124,14 +125,15 @@ def dot_product_attention(
         block_sizes=block_sizes,
     )
     chosen = choose(problem, implementation).chosen
-    out, lse = _run(problem, sinks, chosen, return_residual)
+    out, lse = _run(problem, sinks, chosen, return_residual, current())
     if np.ndim(query) == 3:
         out, lse = out[0], None if lse is None else lse[0]
     return (out, lse) if return_residual else out
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _run(problem: Problem, sinks, implementation: str, return_residual: bool):
+# The platform decides what is traced, so it is a part of what traces are kept under.
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _run(problem: Problem, sinks, implementation: str, return_residual: bool, platform: Platform):
     residual = return_residual or sinks is not None
     if implementation == "reference":
         out, lse = reference.attend(problem, residual)

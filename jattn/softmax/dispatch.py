@@ -6,8 +6,7 @@ import dataclasses
 import importlib
 from typing import Any
 
-import jax
-
+from jattn.softmax.platforms import current
 from jattn.softmax.problem import Problem
 
 IMPLEMENTATIONS = ("reference", "blockwise", "triton")
@@ -45,7 +44,7 @@ def choose(problem: Problem, implementation: str | None) -> Explanation:
       NotImplementedError: a kernel was asked for that does not take the problem; the message says who does.
     """
     _, length, source, _, _ = problem.sizes
-    platform = jax.default_backend()
+    platform = current().name
     if implementation not in (None, "xla", *IMPLEMENTATIONS):
         raise ValueError(
             f"dot_product_attention: unknown implementation {implementation!r}; this version has "
@@ -60,8 +59,8 @@ def choose(problem: Problem, implementation: str | None) -> Explanation:
         others = {name: "another one was asked for" for name in IMPLEMENTATIONS if name != implementation}
         return Explanation(implementation, "asked for", others)
     for name, home in KERNELS.items():
-        others[name] = f"it runs on a {home}, this is a {platform}"
-        if platform == home:
+        others[name] = f"it runs on a {home}, this is a {platform}" if implementation is None else "'xla' was asked for"
+        if platform == home and implementation is None:
             others[name] = kernel_module(name).unsupported(problem)
         if not others[name]:
             rest = dict.fromkeys((n for n in IMPLEMENTATIONS if n != name), f"{name} is faster on a {home}")

@@ -44,13 +44,13 @@ def threefry2x32(key: tuple[Word, Word], counter: tuple[Word, Word]) -> tuple[Wo
     return x, y
 
 
-def keep_pairs(seed: UInt32[Array, " 2"], rate: float, b: Any, h: Any, row: Any, column: Any) -> Bool[Array, " ..."]:
+def keep_pairs(seed: Any, rate: float, b: Any, h: Any, row: Any, column: Any) -> Bool[Array, " ..."]:
     """Booleans: which (query row, key index) pairs survive dropout; the arguments broadcast.
 
     keep = first word of threefry(threefry(seed, (b, h)), (row, column)) >= rate * 2^32
 
     Args:
-      seed: uint32 `[2]`.
+      seed: uint32 `[2]`, or its two words.
       rate: probability of dropping a pair.
       b: batch index.
       h: query head.

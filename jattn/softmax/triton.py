@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jattn.softmax import platforms
 from jattn.softmax.blockwise import schedule
 from jattn.softmax.layout import lists_from_live
 from jattn.softmax.masks import FULL, PARTIAL
@@ -16,20 +17,22 @@ from jattn.softmax.normalizers import Pointwise, Softmax
 from jattn.softmax.problem import Problem, drop_pairs, modify_logits
 from pallas_kernels.flash_attention import sizes as tile_sizes
 from pallas_kernels.flash_attention import triton as kernel
+from pallas_kernels.flash_attention import triton_backward as backward_kernel
 from pallas_kernels.flash_attention.pipeline import Pipeline, TileInput, TileLists
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_HEAD_DIM = 256
 
 
 def unsupported(problem: Problem) -> str:
     """Why the kernel cannot take a problem, with who can; empty if it can."""
-    _, _, _, _, _ = problem.sizes
     dtypes = {str(x.dtype) for x in (problem.query, problem.key, problem.value)}
     widths = (problem.query.shape[-1], problem.value.shape[-1])
     reason = ""
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         reason = f"queries, keys and values of {', '.join(sorted(dtypes))}; it takes one of {', '.join(DTYPES)}"
+    elif dtypes == {"float64"} and not interpreted():
+        reason = "float64, but in the interpreter"
     elif max(widths) > MAX_HEAD_DIM:
         reason = f"head dims {widths[0]} and {widths[1]}; its tiles reach to {MAX_HEAD_DIM}"
     elif problem.layout is not None:
@@ -158,14 +161,12 @@ def _sizes(problem: Problem, sources: dict[str, Any], backward: bool) -> tile_si
 
 
 def _capability() -> str:
-    if interpreted():
-        return "9.0"
-    return str(getattr(jax.devices("gpu")[0], "compute_capability", "8.0"))
+    return platforms.current().capability or "9.0"
 
 
 def interpreted() -> bool:
     """Whether the kernel runs in Pallas' interpreter: where there is no GPU, so that it can be tested."""
-    return jax.default_backend() != "gpu"
+    return platforms.current().name != "gpu"
 
 
 def _options(problem: Problem) -> dict[str, Any]:
@@ -193,12 +194,12 @@ def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: 
     if "rows" in sources:
         lse = jnp.swapaxes(sources["rows"]["lse"], 1, 2)
     else:
-        lse = jnp.zeros((total.shape[0], total.shape[2], total.shape[1]), jnp.float32)
-    given = kernel.Backward(
+        lse = jnp.zeros_like(jnp.swapaxes(total, 1, 2))
+    given = backward_kernel.Backward(
         weighted.astype(sources["value"].dtype), lse, jnp.swapaxes(total, 1, 2), tiling.code, tiling.columns
     )
     wanted = [f"operand {name}" for name in like.get("operands", {})] + (["bias"] if "bias" in like else [])
-    query, key, value, inputs = kernel.backward(*arguments, given, wanted, **_options(problem))
+    query, key, value, inputs = backward_kernel.backward(*arguments, given, wanted, **_options(problem))
     found: dict[str, Any] = {"query": query, "key": key, "value": value, "bias": inputs.get("bias")}
     found["operands"] = {name: inputs[f"operand {name}"] for name in like.get("operands", {})}
     return jax.tree.map(lambda x, y: x.astype(y.dtype), {n: found[n] for n in like}, like)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jattn.softmax.blockwise import tiles
 from jattn.softmax.blockwise.schedule import Schedule
 from jattn.softmax.blockwise.tiles import Phi, Slots, Tile, View, cut, cut_rows, put_rows, starts32
+from jattn.softmax.platforms import current
 from jattn.softmax.problem import Problem
 
 Sources = dict[str, Any]
@@ -17,7 +18,7 @@ Sources = dict[str, Any]
 
 def one_head_at_a_time() -> bool:
     """Heads go one after the other only on a single CPU device: elsewhere a loop over them would serialize devices."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1
+    return current().name == "cpu" and jax.device_count() == 1
 
 
 def varying_like(tree: Any, *sources: Any) -> Any:
