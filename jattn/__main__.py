@@ -26,6 +26,7 @@ examples:
   jattn show moba_attention              definition, papers, cost, signature
   jattn check moba_attention --time      conformance of one mechanism, with seconds
   jattn check --jobs 2                   conformance of everything, on two processes
+  jattn aot ssa --target h100,v5e        does it compile for devices that are not here?
 """
 
 _PATTERNS = """\
@@ -43,6 +44,17 @@ examples:
   jattn check ssa kv_bias --only causality decode  some checks of two
   jattn check --jobs 2 --quiet                     everything, failures only
 Set JAX_COMPILATION_CACHE_DIR to make the next run faster.
+"""
+
+_AOT = """\
+Compiles the example of a mechanism at T tokens, forward and with all gradients, for GPUs and TPUs that are not
+attached: whether it compiles, and in how much temporary memory. Nothing is run; the exit status is 1 if something did
+not compile. GPUs need `pip install 'jattn[aot-cuda]'`, TPUs `pip install 'jattn[aot-tpu]'`, each best in an environment
+of its own.
+
+examples:
+  jattn aot --target a100,h100,rtx4090              softmax attention for three GPUs
+  jattn aot moba_attention --target v5e --forward   one mechanism for a TPU
 """
 
 
@@ -99,6 +111,13 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--quiet", action="store_true", help="print failures and the summary only")
     check.add_argument("--jobs", metavar="N", type=_positive, default=1, help="processes, each with entries of its own")
     check.set_defaults(run=_check)
+
+    ahead = commands.add_parser("aot", help="compile for absent devices", description=_AOT, formatter_class=raw)
+    ahead.add_argument("names", metavar="NAME", nargs="*", default=["softmax_attention"], help="mechanisms to compile")
+    ahead.add_argument("--target", metavar="LIST", default="h100", help="devices, with commas between (default: h100)")
+    ahead.add_argument("--length", metavar="T", type=_positive, default=4096, help="tokens (default: 4096)")
+    ahead.add_argument("--forward", action="store_true", help="without the gradient")
+    ahead.set_defaults(run=_aot)
     return parser
 
 
@@ -202,6 +221,39 @@ def _call(entry: Entry) -> str:
     returns = signature.return_annotation
     arrow = "" if returns is inspect.Signature.empty else f" -> {inspect.formatannotation(returns)}"
     return "\n".join([f"{target.__name__}(", *lines, f"){arrow}"])
+
+
+def _aot(options: argparse.Namespace) -> int:
+    import jax
+    import jax.numpy as jnp
+
+    from jattn import aot
+    from jattn.testing.subject import attends, build
+
+    failed = 0
+    wanted = options.target.split(",")
+    for name in wanted:
+        if name not in aot.TARGETS:
+            raise _Unknown(f"unknown target {name!r}; there are {', '.join(aot.TARGETS)}")
+    for entry in map(_find, options.names):
+        if not attends(entry):
+            raise _Unknown(f"{entry.name!r} is no attention mechanism; `jattn catalog` lists those that have patterns")
+        call = build(entry, entry.patterns[0], options.length)
+
+        def total(arrays: Any, call: Any = call) -> Any:
+            return jnp.sum(call(arrays).astype(jnp.float32))
+
+        passes = {"forward": call} if options.forward else {"forward": call, "with gradients": jax.grad(total)}
+        for target in wanted:
+            for word, function in passes.items():
+                try:
+                    report = aot.compile_for(function, call.arrays, target=target)
+                except RuntimeError as error:
+                    print(f"jattn: {error}", file=sys.stderr)
+                    return 2
+                failed += not report.compiles
+                print(f"{entry.name}, {word}, T = {options.length}, {report}", flush=True)
+    return 1 if failed else 0
 
 
 def _check(options: argparse.Namespace) -> int:

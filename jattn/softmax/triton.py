@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -14,6 +15,7 @@ from jattn.softmax.blockwise import schedule
 from jattn.softmax.layout import lists_from_live
 from jattn.softmax.masks import FULL, PARTIAL
 from jattn.softmax.normalizers import Pointwise, Softmax
+from jattn.softmax.predicates import head_entry
 from jattn.softmax.problem import Problem, drop_pairs, modify_logits
 from pallas_kernels.flash_attention import sizes as tile_sizes
 from pallas_kernels.flash_attention import triton as kernel
@@ -35,13 +37,27 @@ def unsupported(problem: Problem) -> str:
         reason = "float64, but in the interpreter"
     elif max(widths) > MAX_HEAD_DIM:
         reason = f"head dims {widths[0]} and {widths[1]}; its tiles reach to {MAX_HEAD_DIM}"
-    elif problem.layout is not None:
-        reason = "a block layout"
+    elif problem.layout is not None and _layout_reason(problem):
+        reason = _layout_reason(problem)
     elif jax.tree.leaves(problem.mask):
         reason = "a mask that holds arrays (one that is a function of positions alone, or a boolean array, it takes)"
     elif not isinstance(problem.normalizer, Softmax | Pointwise):
         reason = f"the normalizer {type(problem.normalizer).__name__}, which needs two passes"
     return reason and f"it does not take {reason}; 'blockwise' does"
+
+
+def _layout_reason(problem: Problem) -> str:
+    layout = problem.layout
+    if layout.query_perm is not None or layout.key_perm is not None:
+        return "a block layout that permutes tokens"
+    if jax.tree.leaves(layout.predicate):
+        return "a block layout whose predicate holds arrays"
+    try:
+        for backward in (False, True):
+            _sizes(problem, {"query": problem.query, "value": problem.value}, backward)
+    except ValueError as error:
+        return f"a block layout with these tiles ({error})"
+    return ""
 
 
 def _inputs(problem: Problem, sources: dict[str, Any]) -> dict[str, TileInput]:
@@ -63,6 +79,11 @@ def _inputs(problem: Problem, sources: dict[str, Any]) -> dict[str, TileInput]:
         table = array.ndim == 3
         center = centers[name].offset_center() if table else None
         inputs[f"operand {name}"] = TileInput(array[:, :, None] if table else array, center)
+    if problem.layout is not None and problem.layout.predicate is not None:
+        full = problem.layout.full_map()
+        heads = head_entry(np.arange(problem.sizes[3]), problem.sizes[3], full.shape[1])
+        full = full[:, heads] if full.shape[1] != 1 else full
+        inputs["layout full"] = TileInput(jnp.asarray(full, jnp.int32), by_tile=True)
     return inputs
 
 
@@ -87,6 +108,10 @@ def _pipeline(problem: Problem, guard: bool) -> Pipeline:
             terms.append((ids == tiles["key_segments"]) & (ids >= 0))
         if problem.mask is not None:
             terms.append(problem.mask(place.b, place.h, *positions(place, tiles)))
+        if problem.layout is not None and problem.layout.predicate is not None:
+            i, j = positions(place, tiles)
+            allowed = problem.layout.predicate.at(place.b, place.h, i, j, place.row, place.column)
+            terms.append((tiles["layout full"] != 0) | allowed)
         seen = jnp.ones((1, 1), bool)
         for term in terms:
             seen = seen & term
@@ -153,6 +178,16 @@ def _sizes(problem: Problem, sources: dict[str, Any], backward: bool) -> tile_si
     query, value = sources["query"], sources["value"]
     widths = (query.shape[-1], value.shape[-1], query.dtype.itemsize)
     capability = _capability()
+    if problem.layout is not None:
+        blocks = (problem.layout.query_block, problem.layout.key_block)
+        warps = 8 if blocks[0] * blocks[1] > 64 * 64 else 4
+        # One stage takes less memory; what is wrong with it is the more telling complaint.
+        for stages in (2, 1):
+            sizes = tile_sizes.TileSizes(*blocks, warps, stages)
+            with contextlib.suppress(ValueError):
+                tile_sizes.check(sizes, *widths, backward, capability)
+                return sizes
+        tile_sizes.check(sizes, *widths, backward, capability)
     if problem.block_sizes is not None:
         sizes = tile_sizes.TileSizes(*problem.block_sizes)
         tile_sizes.check(sizes, *widths, backward, capability)

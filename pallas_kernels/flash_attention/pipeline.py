@@ -24,12 +24,14 @@ class Place(NamedTuple):
 class TileInput:
     """An array that tiles read beside queries, keys and values.
 
-    Without `center`: `[B|1, N|1, T|1, S|1]`, read at the rows and columns of the tile. With it: a table
-    `[B|1, N|1, 1, R]` read at (key position - query position + center), clipped to its ends.
+    `[B|1, N|1, T|1, S|1]`, read at the rows and columns of the tile; with `center` a table `[B|1, N|1, 1, R]`, read at
+    (key position - query position + center) and clipped to its ends; with `by_tile` `[B|1, N|1, nQ|1, nK|1]`, a number
+    for the whole tile.
     """
 
     array: jax.Array
     center: int | None = dataclasses.field(default=None, metadata={"static": True})
+    by_tile: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def reads(self) -> tuple[bool, ...]:

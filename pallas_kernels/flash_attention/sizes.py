@@ -26,14 +26,16 @@ def padded(width: int) -> int:
 def shared_bytes(sizes: TileSizes, head_dim: int, value_dim: int, itemsize: int, backward: bool) -> int:
     """Shared memory that a program with these tiles needs, an upper estimate.
 
-    The side that stays is held once, the side that is walked along once a stage; the tile of weights passes through
-    shared memory between the two products (backward: weights and their cotangents).
+    The side that stays is held once (queries of the forward pass also as partial tiles see them), the side that is
+    walked along once a stage (backward: once more, turned); the tile of weights passes through shared memory between
+    the two products (backward: weights and their cotangents).
     """
     width = padded(head_dim) + padded(value_dim)
     stays, walks = sizes.block_q, sizes.block_k
     tile = sizes.block_q * sizes.block_k * (2 if backward else 1)
-    held = stays * (width if backward else padded(head_dim))
-    return itemsize * (held + walks * width * sizes.num_stages + tile)
+    held = stays * (width if backward else 2 * padded(head_dim))
+    copies = sizes.num_stages + (1 if backward else 0)
+    return itemsize * (held + walks * width * copies + tile)
 
 
 def choose(head_dim: int, value_dim: int, itemsize: int, backward: bool, capability: str = "8.0") -> TileSizes:

@@ -76,6 +76,10 @@ def _tile_input(given: TileInput, ref, lead, place: Place, starts, blocks, lengt
         size = given.array.shape[3]
         offset = _positions(tiles, place, 1) - _positions(tiles, place, 0) + given.center
         return plgpu.load(ref.at[(*index, jnp.clip(offset, 0, size - 1))])
+    if given.by_tile:
+        own = zip((of_rows, of_columns), starts, blocks, strict=True)
+        index += [jax.lax.div(start, jnp.asarray(block, start.dtype)) for real, start, block in own if real]
+        return ref[tuple(index)] if index else ref[...]
     inside = []
     for axis, real in enumerate((of_rows, of_columns)):
         index += [pl.ds(starts[axis], blocks[axis])] if real else []
@@ -158,8 +162,19 @@ def without_unseen(static: Static, visible, axis: int, *arrays):
     """The arrays `[rows, D]` with 0 in rows that nobody sees (axis 0) or that see nothing (axis 1)."""
     if visible is None or not static.pipeline.guard:
         return arrays
-    seen = jnp.max(visible.astype(jnp.int32), axis=axis)[:, None] > 0
-    return tuple(jnp.where(seen, x, jnp.zeros_like(x)) for x in arrays)
+    seen = jnp.max(visible.astype(jnp.int32), axis=axis)[:, None]
+    return tuple(_kept(x, seen) for x in arrays)
+
+
+def _kept(array, seen):
+    """The rows for which `seen` is 1, 0 in place of those for which it is 0.
+
+    With all bits or none: a select would need single bits in the layout of a product, which Triton lacks on Ampere.
+    """
+    bits = jnp.dtype(f"int{8 * array.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(
+        jax.lax.bitcast_convert_type(array, bits) & jnp.broadcast_to(-seen.astype(bits), array.shape), array.dtype
+    )
 
 
 def whole_spec(array, width: int | None = None) -> pl.BlockSpec:

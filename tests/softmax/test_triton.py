@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jattn
+from jattn.softmax.block_masks import from_block_mask
 from jattn.softmax.compilers import from_mask_mod
 from jattn.testing.compiling import quick_jit
 from jattn.testing.tolerance import assert_within_policy
@@ -68,7 +69,7 @@ def everything(implementation, arguments):
     """`f(arrays) -> (out, lse, gradients)`, with gradients of query, key, value, bias and operands."""
     floats = {n: arguments[n] for n in ("bias", "score_mod") if n in arguments}
     rest = {n: x for n, x in arguments.items() if n not in floats}
-    blocks = {"block_sizes": (16, 16)} if implementation == "triton" else {}
+    blocks = {"block_sizes": (16, 16)} if implementation == "triton" and "layout" not in arguments else {}
 
     def loss(arrays, given):
         out, lse = jattn.dot_product_attention(
@@ -97,12 +98,12 @@ def wide(tree):
     return jax.tree.map(cast, tree)
 
 
-def compare(arguments):
+def compare(arguments, plain="reference"):
     """In float64, which the interpreter can: outputs, lse and every gradient against the reference."""
     with jax.enable_x64(True):
         arrays, arguments = wide(inputs()), wide(arguments)
-        (run, floats), (plain, _) = everything("triton", arguments), everything("reference", arguments)
-        found, expected = run(arrays, floats), plain(arrays, floats)
+        (run, floats), (expect, _) = everything("triton", arguments), everything(plain, arguments)
+        found, expected = run(arrays, floats), expect(arrays, floats)
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
@@ -116,6 +117,22 @@ def test_values_and_all_gradients(name):
 @pytest.mark.parametrize("shape", BIASES)
 def test_bias_of_every_shape(shape):
     compare({"bias": draw(*shape, seed=8), "is_causal": True})
+
+
+LAYOUTS = {
+    "causal": lambda: from_mask_mod(jattn.masks.causal(), 1, 1, T, S, 16, 16),
+    "blocks": lambda: from_block_mask(
+        np.random.default_rng(9).random((B, K, 3, 2)) < 0.6, query_slots=T, key_slots=S, query_block=16, key_block=16
+    ),
+    "whole and cut": lambda: from_mask_mod(jattn.masks.local_window(20, 3), 1, 1, T, S, 16, 16),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_block_layouts(name):
+    layout = LAYOUTS[name]()
+    compare({"layout": layout}, "blockwise")
+    compare({"layout": layout, "is_causal": True, "segment_ids": SEGMENTS}, "blockwise")
 
 
 @pytest.mark.parametrize("name", ["causal", "segments", "cap and sinks", "sigmoid"])
@@ -191,8 +208,8 @@ def test_what_it_cannot_do_names_who_can():
         jattn.dot_product_attention(
             **arrays, implementation="triton", normalizer=jattn.normalizers.reweighted(jattn.normalizers.softmax())
         )
-    layout = from_mask_mod(jattn.masks.causal(), 1, 1, T, S, 16, 16)
-    with pytest.raises(NotImplementedError, match="a block layout"):
+    layout = from_mask_mod(jattn.masks.causal(), 1, 1, T, S, 8, 8)
+    with pytest.raises(NotImplementedError, match="a block layout with these tiles .*power of two"):
         jattn.dot_product_attention(**arrays, implementation="triton", layout=layout)
     with pytest.raises(ValueError, match="shared memory"):
         jattn.dot_product_attention(**arrays, implementation="triton", block_sizes=(512, 512))

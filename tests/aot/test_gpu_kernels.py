@@ -1,0 +1,92 @@
+"""Every kernel compiles for every GPU, dtype and head dim, and with every feature: for real, without the GPU."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+import jattn.aot
+from jattn.softmax.compilers import from_mask_mod
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(
+        importlib.util.find_spec("jax_cuda13_plugin") is None, reason="needs pip install 'jattn[aot-cuda]'"
+    ),
+]
+GPUS = [name for name, target in jattn.aot.TARGETS.items() if target.platform == "gpu"]
+HEAD_DIMS = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
+T, S, N, K = 1000, 900, 4, 2
+
+
+def add_all(logit, b, h, i, j, slope, at_query, at_key, pair, table):
+    return logit * (1 + at_query) + slope * at_key * pair + table
+
+
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def mod(slope, at_query, at_key, pair, table):
+    kinds = {"slope": "head", "at_query": "query", "at_key": "key", "pair": "pair", "table": "offset"}
+    arrays = {"slope": slope, "at_query": at_query, "at_key": at_key, "pair": pair, "table": table}
+    return jattn.ScoreMod(add_all, {n: jattn.Operand(arrays[n], kind) for n, kind in kinds.items()})
+
+
+# Name -> (shapes of what is differentiated besides, arguments from it).
+FEATURES = {
+    "causal": ((), lambda: {"is_causal": True}),
+    "window with sinks": ((), lambda: {"mask": jattn.masks.sliding_window(128, num_sinks=4)}),
+    "segments and cap": (
+        (),
+        lambda: {
+            "segment_ids": (jnp.asarray(np.arange(T)[None] // 300), jnp.asarray(np.arange(S)[None] // 300)),
+            "logit_soft_cap": 30.0,
+        },
+    ),
+    "key padding": ((), lambda: {"mask": jnp.arange(S)[None, None, None] < 700}),
+    "learned sinks": ((shape(N),), lambda sinks: {"sinks": sinks}),
+    "pair bias": ((shape(1, N, T, S),), lambda bias: {"bias": bias}),
+    "key bias": ((shape(1, 1, 1, S),), lambda bias: {"bias": bias, "is_causal": True}),
+    "score mod": (
+        (shape(N), shape(N, T), shape(1, S), shape(1, T, S), shape(N, 64)),
+        lambda *arrays: {"score_mod": mod(*arrays)},
+    ),
+    "sigmoid": ((), lambda: {"normalizer": jattn.normalizers.sigmoid()}),
+    "block layout": (
+        (),
+        lambda: {"layout": from_mask_mod(jattn.masks.sliding_window(200), 1, 1, T, S, 64, 64), "is_causal": True},
+    ),
+    "dropout": ((), lambda: {"dropout_rate": 0.1, "dropout_key": jax.random.key(0), "is_causal": True}),
+}
+
+
+def check(target, dtype, dims, feature):
+    shapes, make = FEATURES[feature]
+
+    def forward(query, key, value, *more):
+        return jattn.dot_product_attention(query, key, value, implementation="triton", **make(*more))
+
+    def gradients(*arrays):
+        return jax.grad(lambda *x: forward(*x).sum().astype(jnp.float32), range(len(arrays)))(*arrays)
+
+    arrays = (shape(1, T, N, dims[0], dtype=dtype), shape(1, S, K, dims[0], dtype=dtype))
+    arrays = (*arrays, shape(1, S, K, dims[1], dtype=dtype), *shapes)
+    report = jattn.aot.compile_for(lambda *x: (forward(*x), gradients(*x)), *arrays, target=target)
+    assert report.compiles, report.error
+
+
+@pytest.mark.parametrize("target", GPUS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
+def test_every_dtype_and_head_dim(target, dtype, dims):
+    check(target, dtype, dims, "causal")
+
+
+@pytest.mark.parametrize("target", GPUS)
+@pytest.mark.parametrize("feature", [name for name in FEATURES if name != "causal"])
+def test_every_feature(target, feature):
+    check(target, "bfloat16", (64, 64), feature)
