@@ -168,8 +168,10 @@ def learning_rate_schedule(options: TrainOptions):
     import optax
 
     warmup = min(round(options.warmup_fraction * options.steps), options.steps - 1)
+    if not warmup:
+        return optax.cosine_decay_schedule(options.learning_rate, options.steps, options.final_fraction)
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else options.learning_rate,
+        init_value=0.0,
         peak_value=options.learning_rate,
         warmup_steps=warmup,
         decay_steps=options.steps,

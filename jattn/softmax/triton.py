@@ -152,8 +152,8 @@ class Tiling:
 def make_tiling(problem: Problem, sizes: tile_sizes.TileSizes) -> Tiling:
     """The live tiles of a problem, from its masks and segments; a tile that is cut off at an end counts as partial."""
     _, length, source, _, _ = problem.sizes
-    blocks = (sizes.block_q, sizes.block_k)
-    cut = dataclasses.replace(problem, block_sizes=tuple(min(x) for x in zip(blocks, (length, source), strict=True)))
+    blocks = (min(sizes.block_q, length), min(sizes.block_k, source))
+    cut = dataclasses.replace(problem, block_sizes=blocks)
     code, _ = schedule.tile_code(cut, True)
     xp = np if isinstance(code, np.ndarray) else jnp
     ragged = np.zeros(code.shape[2:], bool)
@@ -204,21 +204,29 @@ def interpreted() -> bool:
     return platforms.current().name != "gpu"
 
 
-def _options(problem: Problem) -> dict[str, Any]:
-    return {"scale": problem.scale, "precision": problem.precision, "interpret": interpreted()}
-
-
-def _arguments(problem: Problem, sources: dict[str, Any], backward: bool) -> tuple[tuple[Any, ...], Tiling]:
+def _arguments(problem: Problem, sources: dict[str, Any], backward: bool) -> tuple[dict[str, Any], Tiling]:
+    """What both passes of the kernel are given, by name."""
     guard = schedule.find_guard(problem) != "none"
     with_bias = dataclasses.replace(problem, bias=sources.get("bias"))
     tiling = make_tiling(problem, _sizes(problem, sources, backward))
-    arrays = (sources["query"], sources["key"], sources["value"])
-    return (*arrays, tiling.rows, _inputs(problem, sources), _pipeline(with_bias, guard), tiling.sizes), tiling
+    given = {
+        "query": sources["query"],
+        "key": sources["key"],
+        "value": sources["value"],
+        "lists": tiling.rows,
+        "inputs": _inputs(problem, sources),
+        "pipeline": _pipeline(with_bias, guard),
+        "sizes": tiling.sizes,
+        "scale": problem.scale,
+        "precision": problem.precision,
+        "interpret": interpreted(),
+    }
+    return given, tiling
 
 
 def forward(problem: Problem, sources: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """Output `[B, T, N, Dv]` and lse `[B, T, N]`; for pointwise normalizers unscaled sums and sums of weights."""
-    out, lse = kernel.forward(*_arguments(problem, sources, False)[0], **_options(problem))
+    out, lse = kernel.forward(**_arguments(problem, sources, False)[0])
     return out, jnp.swapaxes(lse, 1, 2)
 
 
@@ -234,7 +242,7 @@ def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: 
         weighted.astype(sources["value"].dtype), lse, jnp.swapaxes(total, 1, 2), tiling.code, tiling.columns
     )
     wanted = [f"operand {name}" for name in like.get("operands", {})] + (["bias"] if "bias" in like else [])
-    query, key, value, inputs = backward_kernel.backward(*arguments, given, wanted, **_options(problem))
+    query, key, value, inputs = backward_kernel.backward(**arguments, given=given, wanted=wanted)
     found: dict[str, Any] = {"query": query, "key": key, "value": value, "bias": inputs.get("bias")}
     found["operands"] = {name: inputs[f"operand {name}"] for name in like.get("operands", {})}
     return jax.tree.map(lambda x, y: x.astype(y.dtype), {n: found[n] for n in like}, like)

@@ -106,7 +106,8 @@ def _positions(tiles, place: Place, axis: int):
 def load_tiles(static: Static, refs, lead, place: Place, starts):
     """All inputs of a tile by name; positions come first, since tables are read at them."""
     sizes, (_, length, source, *_) = static.sizes, static.shape
-    blocks, tiles = (sizes.block_q, sizes.block_k), {}
+    blocks = (sizes.block_q, sizes.block_k)
+    tiles: dict[str, Any] = {}
     order = sorted(range(len(refs)), key=lambda n: static.inputs[n].center is not None)
     for n in order:
         tiles[static.names[n]] = _tile_input(
