@@ -64,7 +64,8 @@ def dot_product_attention(
       query_seq_lengths: `[B]`, rows from there on are padding.
       key_value_seq_lengths: `[B]`, keys from there on are padding.
       local_window_size: (left, right) or an int for both: i - left <= j <= i + right.
-      implementation: None (by platform and shape), "reference", "blockwise" or "xla" (one of the two by shape).
+      implementation: None (by platform and shape), "reference", "blockwise", "xla" (one of the two by shape), or
+        "triton" (one fused kernel on NVIDIA GPUs from Ampere on; elsewhere in the interpreter of Pallas, for tests).
       return_residual: also return the log-sum-exp of the visible logits (without sinks).
       segment_ids: `[B, T]`, or a pair of `[B, T]` and `[B, S]`: equal ids see each other, negative = padding.
       query_positions: `[B|1, T]` integers that is_causal, windows, masks and score mods see instead of 0..T-1.
@@ -87,6 +88,7 @@ def dot_product_attention(
     Raises:
       ValueError: an argument of the wrong shape, dtype or value, or a combination without meaning.
       TypeError: an argument of the wrong type.
+      NotImplementedError: a kernel that was asked for does not take the problem; the message names what does.
 
     Example:
       >>> import jax, jax.numpy as jnp, jattn
@@ -169,9 +171,10 @@ def explain(query, key, value, bias=None, mask=None, *, implementation=None, **a
     Example:
       >>> import jax, jattn
       >>> x = jax.ShapeDtypeStruct((1, 4096, 8, 64), "float32")
-      >>> print(jattn.explain(x, x, x, is_causal=True))  # doctest: +ELLIPSIS
+      >>> print(jattn.explain(x, x, x, is_causal=True))
       blockwise: 4096 x 4096 pairs a head: tiles keep the memory linear and skip what no query sees
-        not reference: it would hold 4096 x 4096 logits for every head...
+        not reference: it would hold 4096 x 4096 logits a head
+        not triton: it runs on a gpu, this is a cpu
     """
     arguments.pop("return_residual", None)
     given = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask, **arguments}
