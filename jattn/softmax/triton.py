@@ -13,7 +13,7 @@ import numpy as np
 from jattn.softmax import platforms
 from jattn.softmax.blockwise import schedule
 from jattn.softmax.layout import lists_from_live
-from jattn.softmax.masks import FULL, PARTIAL
+from jattn.softmax.masks import DEAD, FULL, PARTIAL
 from jattn.softmax.normalizers import Pointwise, Softmax
 from jattn.softmax.predicates import head_entry
 from jattn.softmax.problem import Problem, drop_pairs, modify_logits
@@ -21,9 +21,12 @@ from pallas_kernels.flash_attention import sizes as tile_sizes
 from pallas_kernels.flash_attention import triton as kernel
 from pallas_kernels.flash_attention import triton_backward as backward_kernel
 from pallas_kernels.flash_attention.pipeline import Pipeline, TileInput, TileLists
+from pallas_kernels.flash_decode import triton as decode_kernel
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 MAX_HEAD_DIM = 256
+DECODE_BLOCK = 64
+"""Keys of a tile where there is a single query."""
 
 
 def unsupported(problem: Problem) -> str:
@@ -226,7 +229,32 @@ def _arguments(problem: Problem, sources: dict[str, Any], backward: bool) -> tup
 
 def forward(problem: Problem, sources: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """Output `[B, T, N, Dv]` and lse `[B, T, N]`; for pointwise normalizers unscaled sums and sums of weights."""
+    _, length, _, _, _ = problem.sizes
+    if length == 1 and problem.layout is None:
+        return _decode(problem, sources)
     out, lse = kernel.forward(**_arguments(problem, sources, False)[0])
+    return out, jnp.swapaxes(lse, 1, 2)
+
+
+def _decode(problem: Problem, sources: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """`forward` for a single query: the keys are split among programs."""
+    block = DECODE_BLOCK if problem.block_sizes is None else problem.block_sizes[1]
+    source = problem.sizes[2]
+    code, _ = schedule.tile_code(dataclasses.replace(problem, block_sizes=(1, min(block, source))), True)
+    live = jnp.asarray((code != DEAD).any((1, 2)), jnp.int32)
+    with_bias = dataclasses.replace(problem, bias=sources.get("bias"))
+    out, lse = decode_kernel.forward(
+        sources["query"],
+        sources["key"],
+        sources["value"],
+        live,
+        _inputs(problem, sources),
+        _pipeline(with_bias, schedule.find_guard(problem) != "none"),
+        block,
+        scale=problem.scale,
+        precision=problem.precision,
+        interpret=interpreted(),
+    )
     return out, jnp.swapaxes(lse, 1, 2)
 
 

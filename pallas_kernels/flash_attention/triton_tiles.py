@@ -164,10 +164,10 @@ def without_unseen(static: Static, visible, axis: int, *arrays):
     if visible is None or not static.pipeline.guard:
         return arrays
     seen = jnp.max(visible.astype(jnp.int32), axis=axis)[:, None]
-    return tuple(_kept(x, seen) for x in arrays)
+    return tuple(keep_rows(x, seen) for x in arrays)
 
 
-def _kept(array, seen):
+def keep_rows(array, seen):
     """The rows for which `seen` is 1, 0 in place of those for which it is 0.
 
     With all bits or none: a select would need single bits in the layout of a product, which Triton lacks on Ampere.
