@@ -6,12 +6,16 @@ import dataclasses
 import importlib
 from typing import Any
 
+import jax
+
 from jattn.softmax.platforms import current
 from jattn.softmax.problem import Problem
 
 IMPLEMENTATIONS = ("reference", "blockwise", "triton")
 KERNELS = {"triton": "gpu"}
 """Platform of each kernel."""
+VERIFIED: frozenset[str] = frozenset()
+"""Kernels whose tests have passed on such a device, compiled and not interpreted; only these are chosen unasked."""
 # Below this many pairs a head, one fused quadratic program beats a loop over tiles (measured with
 # `python -m experiments.benchmark`), and its memory does not matter yet.
 _SMALL_PAIRS = 512 * 512
@@ -34,6 +38,15 @@ def kernel_module(implementation: str) -> Any:
     """The module behind a kernel's name, None for other implementations."""
     # Pallas takes as long to import as the rest of the library, and most sessions on CPUs never need it.
     return importlib.import_module(f"jattn.softmax.{implementation}") if implementation in KERNELS else None
+
+
+def _why_not(name: str, problem: Problem) -> str:
+    """Why a kernel is not chosen on its own platform, unless it is asked for; empty if it is."""
+    if name not in VERIFIED:
+        return f"no run on hardware has verified it yet; implementation={name!r} asks for it"
+    if jax.device_count() > 1:
+        return f"XLA would gather sharded arrays for a kernel; under shard_map, implementation={name!r} asks for it"
+    return kernel_module(name).unsupported(problem)
 
 
 def choose(problem: Problem, implementation: str | None) -> Explanation:
@@ -61,7 +74,7 @@ def choose(problem: Problem, implementation: str | None) -> Explanation:
     for name, home in KERNELS.items():
         others[name] = f"it runs on a {home}, this is a {platform}" if implementation is None else "'xla' was asked for"
         if platform == home and implementation is None:
-            others[name] = kernel_module(name).unsupported(problem)
+            others[name] = _why_not(name, problem)
         if not others[name]:
             rest = dict.fromkeys((n for n in IMPLEMENTATIONS if n != name), f"{name} is faster on a {home}")
             return Explanation(name, f"one fused kernel on {platform}", rest)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jattn
-from jattn.softmax import api
+from jattn.softmax import api, dispatch, platforms
 
 
 def shaped(length, source=None, dtype="float32"):
@@ -35,6 +35,19 @@ def test_by_the_number_of_pairs(sizes, chosen):
 def test_what_is_asked_for_is_taken(name):
     found = jattn.explain(*shaped(4), implementation=name)
     assert (found.chosen, found.reason) == (name, "asked for")
+
+
+def test_a_kernel_is_chosen_unasked_only_once_it_was_verified(monkeypatch):
+    with platforms.compiling_for("gpu", "9.0"):
+        found = jattn.explain(*shaped(1024))
+        assert found.chosen == "blockwise"
+        assert "no run on hardware has verified it yet" in found.others["triton"]
+        assert jattn.explain(*shaped(1024), implementation="triton").chosen == "triton"
+        monkeypatch.setattr(dispatch, "VERIFIED", frozenset({"triton"}))
+        assert jattn.explain(*shaped(1024)).chosen == "triton"
+        masked = jattn.explain(*shaped(1024), mask=jattn.masks.prefix(np.array([3])))
+        assert masked.chosen == "blockwise"
+        assert "a mask that holds arrays" in masked.others["triton"]
 
 
 def test_the_text_names_all():
