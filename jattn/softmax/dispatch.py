@@ -36,7 +36,7 @@ class Explanation:
 
 def kernel_module(implementation: str) -> Any:
     """The module behind a kernel's name, None for other implementations."""
-    # Pallas takes as long to import as the rest of the library, and most sessions on CPUs never need it.
+    # Pallas takes as long to import as the rest of the library, and most programs on CPUs never need it.
     return importlib.import_module(f"jattn.softmax.{implementation}") if implementation in KERNELS else None
 
 
