@@ -12,7 +12,6 @@ import numpy as np
 
 from jattn.softmax import platforms
 from jattn.softmax.blockwise import schedule
-from jattn.softmax.layout import lists_from_live
 from jattn.softmax.masks import DEAD, FULL, PARTIAL
 from jattn.softmax.normalizers import Pointwise, Softmax
 from jattn.softmax.predicates import head_entry
@@ -37,11 +36,11 @@ def unsupported(problem: Problem) -> str:
     if len(dtypes) > 1 or not dtypes <= set(DTYPES):
         reason = f"queries, keys and values of {', '.join(sorted(dtypes))}; it takes one of {', '.join(DTYPES)}"
     elif dtypes == {"float64"} and not interpreted():
-        reason = "float64, but in the interpreter"
+        reason = "float64 outside of the interpreter"
     elif max(widths) > MAX_HEAD_DIM:
         reason = f"head dims {widths[0]} and {widths[1]}; its tiles reach to {MAX_HEAD_DIM}"
-    elif problem.layout is not None and _layout_reason(problem):
-        reason = _layout_reason(problem)
+    elif found := _layout_reason(problem):
+        reason = found
     elif jax.tree.leaves(problem.mask):
         reason = "a mask that holds arrays (one that is a function of positions alone, or a boolean array, it takes)"
     elif not isinstance(problem.normalizer, Softmax | Pointwise):
@@ -51,6 +50,8 @@ def unsupported(problem: Problem) -> str:
 
 def _layout_reason(problem: Problem) -> str:
     layout = problem.layout
+    if layout is None:
+        return ""
     if layout.query_perm is not None or layout.key_perm is not None:
         return "a block layout that permutes tokens"
     if jax.tree.leaves(layout.predicate):
@@ -98,7 +99,7 @@ def _columns(array: Any) -> Any:
     return None if array is None else jnp.asarray(array, jnp.int32)[:, None, None, :]
 
 
-def _pipeline(problem: Problem, guard: bool) -> Pipeline:
+def _pipeline(problem: Problem, has_bias: bool) -> Pipeline:
     operands = () if problem.score_mod is None else tuple(problem.score_mod.flat_operands())
 
     def positions(place, tiles):
@@ -128,18 +129,14 @@ def _pipeline(problem: Problem, guard: bool) -> Pipeline:
         seeded = dataclasses.replace(problem, seed=(tiles["seed 0"], tiles["seed 1"]))
         return drop_pairs(seeded, weights, place.b, place.h, place.row, place.column)
 
-    modifies = problem.score_mod is not None or problem.logit_soft_cap is not None or "bias" in _named(problem)
+    modifies = problem.score_mod is not None or problem.logit_soft_cap is not None or has_bias
     return Pipeline(
         visible,
         modify if modifies else None,
         drop if problem.dropout_rate else None,
         None if isinstance(problem.normalizer, Softmax) else problem.normalizer.phi,
-        guard,
+        schedule.find_guard(problem) != "none",
     )
-
-
-def _named(problem: Problem) -> set[str]:
-    return set() if problem.bias is None else {"bias"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,20 +164,14 @@ def make_tiling(problem: Problem, sizes: tile_sizes.TileSizes) -> Tiling:
 
 
 def _lists(code: Any) -> TileLists:
-    nothing = np.zeros(code.shape, bool)
-    found: list[Any] = []
-    for wanted in (FULL, PARTIAL):
-        count, index, _ = lists_from_live(code == wanted, nothing, code.shape[-1])
-        found += [jnp.asarray(count, jnp.int32), jnp.asarray(index, jnp.int32)]
-    known = isinstance(code, np.ndarray)
-    exists = [bool((code == wanted).any()) if known else True for wanted in (FULL, PARTIAL)]
-    return TileLists(*found, *exists)
+    lists, exists = schedule.tile_lists(code)
+    return TileLists(*lists, *exists)
 
 
 def _sizes(problem: Problem, sources: dict[str, Any], backward: bool) -> tile_sizes.TileSizes:
     query, value = sources["query"], sources["value"]
     widths = (query.shape[-1], value.shape[-1], query.dtype.itemsize)
-    capability = _capability()
+    capability = platforms.current().capability or "9.0"
     if problem.layout is not None:
         blocks = (problem.layout.query_block, problem.layout.key_block)
         warps = 8 if blocks[0] * blocks[1] > 64 * 64 else 4
@@ -198,69 +189,43 @@ def _sizes(problem: Problem, sources: dict[str, Any], backward: bool) -> tile_si
     return tile_sizes.choose(*widths, backward, capability)
 
 
-def _capability() -> str:
-    return platforms.current().capability or "9.0"
-
-
 def interpreted() -> bool:
     """Whether the kernel runs in Pallas' interpreter: where there is no GPU, so that it can be tested."""
     return platforms.current().name != "gpu"
 
 
-def _arguments(problem: Problem, sources: dict[str, Any], backward: bool) -> tuple[dict[str, Any], Tiling]:
-    """What both passes of the kernel are given, by name."""
-    guard = schedule.find_guard(problem) != "none"
-    with_bias = dataclasses.replace(problem, bias=sources.get("bias"))
-    tiling = make_tiling(problem, _sizes(problem, sources, backward))
-    given = {
+def _arguments(problem: Problem, sources: dict[str, Any]) -> dict[str, Any]:
+    """What all kernels are given, by name."""
+    return {
         "query": sources["query"],
         "key": sources["key"],
         "value": sources["value"],
-        "lists": tiling.rows,
         "inputs": _inputs(problem, sources),
-        "pipeline": _pipeline(with_bias, guard),
-        "sizes": tiling.sizes,
+        "pipeline": _pipeline(problem, "bias" in sources),
         "scale": problem.scale,
         "precision": problem.precision,
         "interpret": interpreted(),
     }
-    return given, tiling
 
 
 def forward(problem: Problem, sources: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """Output `[B, T, N, Dv]` and lse `[B, T, N]`; for pointwise normalizers unscaled sums and sums of weights."""
-    _, length, _, _, _ = problem.sizes
+    arguments = _arguments(problem, sources)
+    _, length, source, _, _ = problem.sizes
     if length == 1 and problem.layout is None:
-        return _decode(problem, sources)
-    out, lse = kernel.forward(**_arguments(problem, sources, False)[0])
-    return out, jnp.swapaxes(lse, 1, 2)
-
-
-def _decode(problem: Problem, sources: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """`forward` for a single query: the keys are split among programs."""
-    block = DECODE_BLOCK if problem.block_sizes is None else problem.block_sizes[1]
-    source = problem.sizes[2]
-    code, _ = schedule.tile_code(dataclasses.replace(problem, block_sizes=(1, min(block, source))), True)
-    live = jnp.asarray((code != DEAD).any((1, 2)), jnp.int32)
-    with_bias = dataclasses.replace(problem, bias=sources.get("bias"))
-    out, lse = decode_kernel.forward(
-        sources["query"],
-        sources["key"],
-        sources["value"],
-        live,
-        _inputs(problem, sources),
-        _pipeline(with_bias, schedule.find_guard(problem) != "none"),
-        block,
-        scale=problem.scale,
-        precision=problem.precision,
-        interpret=interpreted(),
-    )
+        block = DECODE_BLOCK if problem.block_sizes is None else problem.block_sizes[1]
+        code, _ = schedule.tile_code(dataclasses.replace(problem, block_sizes=(1, min(block, source))), True)
+        live = jnp.asarray((code != DEAD).any((1, 2)), jnp.int32)
+        out, lse = decode_kernel.forward(**arguments, live=live, block_k=block)
+    else:
+        tiling = make_tiling(problem, _sizes(problem, sources, False))
+        out, lse = kernel.forward(**arguments, lists=tiling.rows, sizes=tiling.sizes)
     return out, jnp.swapaxes(lse, 1, 2)
 
 
 def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: dict[str, Any]) -> dict[str, Any]:
     """Transpose of the tangent of the sums: cotangents of both sums in, those of the sources named in `like` out."""
-    arguments, tiling = _arguments(problem, sources, True)
+    tiling = make_tiling(problem, _sizes(problem, sources, True))
     weighted, total = cotangents
     if "rows" in sources:
         lse = jnp.swapaxes(sources["rows"]["lse"], 1, 2)
@@ -270,7 +235,9 @@ def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: 
         weighted.astype(sources["value"].dtype), lse, jnp.swapaxes(total, 1, 2), tiling.code, tiling.columns
     )
     wanted = [f"operand {name}" for name in like.get("operands", {})] + (["bias"] if "bias" in like else [])
-    query, key, value, inputs = backward_kernel.backward(**arguments, given=given, wanted=wanted)
+    query, key, value, inputs = backward_kernel.backward(
+        **_arguments(problem, sources), lists=tiling.rows, sizes=tiling.sizes, given=given, wanted=wanted
+    )
     found: dict[str, Any] = {"query": query, "key": key, "value": value, "bias": inputs.get("bias")}
     found["operands"] = {name: inputs[f"operand {name}"] for name in like.get("operands", {})}
     return jax.tree.map(lambda x, y: x.astype(y.dtype), {n: found[n] for n in like}, like)

@@ -27,6 +27,7 @@ from pallas_kernels.flash_attention.triton_tiles import (
     load_tiles,
     make_place,
     make_static,
+    real_axes,
     visible_pairs,
     visit,
     whole_spec,
@@ -303,7 +304,7 @@ def _pairs(static: Static, name: str, query, key, value, inputs, given: Backward
     def everything(number: int, array) -> pl.BlockSpec:
         shape = (*array.shape[:-1], widths.get(number, array.shape[-1]))
         if 4 <= number < 4 + len(inputs):
-            shape = tuple(None if size == 1 else size for size in shape)
+            shape = real_axes(static.inputs[number - 4])
         return pl.BlockSpec(shape, lambda i, j, n: (0,) * len(shape))
 
     output = (

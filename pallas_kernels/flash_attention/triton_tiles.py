@@ -188,9 +188,14 @@ def whole_spec(array, width: int | None = None) -> pl.BlockSpec:
 
 def input_spec(given: TileInput) -> pl.BlockSpec:
     """One batch row of an input, without the axes that are one long."""
-    shape = (None if size == 1 else size for size in given.array.shape[1:])
     own = given.reads[0]
-    return pl.BlockSpec((None, *shape), lambda i, h, b: (b if own else 0, 0, 0, 0))
+    return pl.BlockSpec((None, *real_axes(given)[1:]), lambda i, h, b: (b if own else 0, 0, 0, 0))
+
+
+def real_axes(given: TileInput) -> tuple[int | None, ...]:
+    """The shape of an input, None for axes that are one long; the entries of a table stay, however few."""
+    shape = tuple(None if size == 1 else size for size in given.array.shape)
+    return shape if given.center is None else (*shape[:3], given.array.shape[3])
 
 
 def all_specs(query, key, value, lists: TileLists, inputs: Mapping[str, TileInput]):

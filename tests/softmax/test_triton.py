@@ -58,6 +58,7 @@ CASES = {
     "slopes": {"score_mod": jattn.ScoreMod(add_slope, {"slope": jattn.Operand(draw(N, seed=7), "head")})},
     "every operand": {"score_mod": mod_of_everything(offset=False), "is_causal": True},
     "offset table": {"score_mod": mod_of_everything()},
+    "table of one entry": {"score_mod": jattn.ScoreMod(add_slope, {"slope": jattn.Operand(draw(N, 1), "offset")})},
     "sigmoid": {"normalizer": jattn.normalizers.sigmoid(), "is_causal": True},
     "relu / n": {"normalizer": jattn.normalizers.relu_over_n()},
     "softplus": {"normalizer": jattn.normalizers.softplus_l1(), "segment_ids": SEGMENTS},
@@ -67,7 +68,7 @@ BIASES = [(1, 1, 1, 1), (B, 1, 1, S), (1, N, T, 1), (1, N, T, S), (B, N, T, S), 
 
 def everything(implementation, arguments):
     """`f(arrays) -> (out, lse, gradients)`, with gradients of query, key, value, bias and operands."""
-    floats = {n: arguments[n] for n in ("bias", "score_mod") if n in arguments}
+    floats = {n: arguments[n] for n in ("bias", "score_mod", "sinks") if n in arguments}
     rest = {n: x for n, x in arguments.items() if n not in floats}
     blocks = {"block_sizes": (16, 16)} if implementation == "triton" and "layout" not in arguments else {}
 
@@ -181,6 +182,24 @@ def test_poison_reaches_nothing():
     poisoned["query"] = arrays["query"].at[0, 20:].set(jnp.nan)
     for got, wanted in zip(jax.tree.leaves(run(poisoned, floats)), jax.tree.leaves(clean), strict=True):
         np.testing.assert_array_equal(got, wanted)
+
+
+def test_vmap_of_gradients_is_that_of_single_calls():
+    arrays = {n: jnp.stack([x, 2 * x, -x]) for n, x in inputs().items()}
+
+    def gradient(arrays):
+        def loss(arrays):
+            out = jattn.dot_product_attention(**arrays, is_causal=True, implementation="triton", block_sizes=(16, 16))
+            return jnp.sin(out).sum()
+
+        return jax.grad(loss)(arrays)
+
+    batched = quick_jit(jax.vmap(gradient))(arrays)
+    alone = quick_jit(gradient)
+    for row in range(3):
+        single = alone({n: x[row] for n, x in arrays.items()})
+        for name, expected in single.items():
+            np.testing.assert_allclose(batched[name][row], expected, atol=1e-5)
 
 
 def test_forward_mode_and_second_derivatives_go_through_the_tiles():

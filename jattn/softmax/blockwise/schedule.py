@@ -57,18 +57,19 @@ def make_schedule(problem: Problem, one_head: bool) -> Schedule:
         xp = np if isinstance(code, np.ndarray) else jnp
         live, full = xp.any(code != DEAD, (0, 1), keepdims=True), xp.all(code == FULL, (0, 1), keepdims=True)
         code = xp.where(full, np.int8(FULL), xp.where(live, np.int8(PARTIAL), np.int8(DEAD)))
-    capacity = code.shape[-1]
+    lists, exists = tile_lists(code)
+    return Schedule(*lists, jnp.asarray(code), *blocks, *exists, guard=find_guard(problem))
+
+
+def tile_lists(code) -> tuple[list[Any], list[bool]]:
+    """Counts and indices of full tiles, then of partial ones, by row of `code`; and whether there can be such tiles."""
     nothing = np.zeros(code.shape, bool)
-    full_count, full_index, _ = lists_from_live(code == FULL, nothing, capacity)
-    partial_count, partial_index, _ = lists_from_live(code == PARTIAL, nothing, capacity)
-    known = isinstance(code, np.ndarray)
-    return Schedule(
-        *(jnp.asarray(x) for x in (full_count, full_index, partial_count, partial_index, code)),
-        *blocks,
-        any_full=bool((code == FULL).any()) if known else True,
-        any_partial=bool((code == PARTIAL).any()) if known else True,
-        guard=find_guard(problem),
-    )
+    lists, exists = [], []
+    for wanted in (FULL, PARTIAL):
+        count, index, _ = lists_from_live(code == wanted, nothing, code.shape[-1])
+        lists += [jnp.asarray(count), jnp.asarray(index)]
+        exists.append(bool((code == wanted).any()) if isinstance(code, np.ndarray) else True)
+    return lists, exists
 
 
 def find_guard(problem: Problem) -> str:
