@@ -63,14 +63,15 @@ def choose(problem: Problem, implementation: str | None) -> Explanation:
             f"dot_product_attention: unknown implementation {implementation!r}; this version has "
             f"{', '.join(IMPLEMENTATIONS)}, 'xla' for the better of the two, and None to choose by platform and shape"
         )
-    others = {}
+    others, remark = {}, ""
     if implementation in KERNELS:
         reason = kernel_module(implementation).unsupported(problem)
         if reason:
             raise NotImplementedError(f"dot_product_attention: implementation {implementation!r}: {reason}")
+        remark = kernel_module(implementation).remark(problem)
     if implementation in IMPLEMENTATIONS:
         others = {name: "another one was asked for" for name in IMPLEMENTATIONS if name != implementation}
-        return Explanation(implementation, "asked for", others)
+        return Explanation(implementation, f"asked for{remark}", others)
     for name, home in KERNELS.items():
         others[name] = f"it runs on a {home}, this is a {platform}" if implementation is None else "'xla' was asked for"
         if platform == home and implementation is None:

@@ -48,6 +48,13 @@ def unsupported(problem: Problem) -> str:
     return reason and f"it does not take {reason}; 'blockwise' does"
 
 
+def remark(problem: Problem) -> str:
+    """What does not go through the kernel although the problem does, to be put behind a reason."""
+    if any(x.ndim == 3 for x in problem.operands.values()):
+        return "; with an offset table among the operands the backward pass is that of 'blockwise'"
+    return ""
+
+
 def _layout_reason(problem: Problem) -> str:
     layout = problem.layout
     if layout is None:

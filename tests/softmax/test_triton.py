@@ -236,4 +236,7 @@ def test_what_it_cannot_do_names_who_can():
 
 def test_explain_tells_where_it_runs():
     assert jattn.explain(**inputs()).others["triton"] == "it runs on a gpu, this is a cpu"
-    assert jattn.explain(**inputs(), implementation="triton").chosen == "triton"
+    assert jattn.explain(**inputs(), implementation="triton").reason == "asked for"
+    found = jattn.explain(**inputs(), **CASES["offset table"], implementation="triton")
+    assert found.chosen == "triton"
+    assert found.reason.endswith("the backward pass is that of 'blockwise'")
