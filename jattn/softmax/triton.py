@@ -8,18 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jattn.softmax import platforms
 from jattn.softmax.blockwise import schedule
-from jattn.softmax.masks import DEAD, FULL, PARTIAL
+from jattn.softmax.kernel_arguments import make_inputs, make_pipeline, make_tiling
+from jattn.softmax.masks import DEAD
 from jattn.softmax.normalizers import Pointwise, Softmax
-from jattn.softmax.predicates import head_entry
-from jattn.softmax.problem import Problem, drop_pairs, modify_logits
+from jattn.softmax.problem import Problem
 from pallas_kernels.flash_attention import sizes as tile_sizes
 from pallas_kernels.flash_attention import triton as kernel
 from pallas_kernels.flash_attention import triton_backward as backward_kernel
-from pallas_kernels.flash_attention.pipeline import Pipeline, TileInput, TileLists
 from pallas_kernels.flash_decode import triton as decode_kernel
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -71,110 +69,6 @@ def _layout_reason(problem: Problem) -> str:
     return ""
 
 
-def _inputs(problem: Problem, sources: dict[str, Any]) -> dict[str, TileInput]:
-    """Everything that tiles read besides queries, keys and values."""
-    arrays: dict[str, Any] = {
-        "query_positions": _rows(problem.query_positions),
-        "key_positions": _columns(problem.key_positions),
-        "query_segments": _rows(problem.query_segments),
-        "key_segments": _columns(problem.key_segments),
-        "bias": sources.get("bias"),
-    }
-    # Booleans have no pointers.
-    arrays |= {f"mask {n}": array.astype(jnp.int8) for n, array in enumerate(problem.mask_arrays)}
-    if problem.dropout_rate:
-        arrays |= {f"seed {n}": problem.seed[n].reshape(1, 1, 1, 1) for n in range(2)}
-    inputs = {name: TileInput(jnp.asarray(array)) for name, array in arrays.items() if array is not None}
-    centers = {} if problem.score_mod is None else problem.score_mod.flat_operands()
-    for name, array in sources.get("operands", {}).items():
-        table = array.ndim == 3
-        center = centers[name].offset_center() if table else None
-        inputs[f"operand {name}"] = TileInput(array[:, :, None] if table else array, center)
-    if problem.layout is not None and problem.layout.predicate is not None:
-        full = problem.layout.full_map()
-        heads = head_entry(np.arange(problem.sizes[3]), problem.sizes[3], full.shape[1])
-        full = full[:, heads] if full.shape[1] != 1 else full
-        inputs["layout full"] = TileInput(jnp.asarray(full, jnp.int32), by_tile=True)
-    return inputs
-
-
-def _rows(array: Any) -> Any:
-    return None if array is None else jnp.asarray(array, jnp.int32)[:, None, :, None]
-
-
-def _columns(array: Any) -> Any:
-    return None if array is None else jnp.asarray(array, jnp.int32)[:, None, None, :]
-
-
-def _pipeline(problem: Problem, has_bias: bool) -> Pipeline:
-    operands = () if problem.score_mod is None else tuple(problem.score_mod.flat_operands())
-
-    def positions(place, tiles):
-        return tiles.get("query_positions", place.row), tiles.get("key_positions", place.column)
-
-    def visible(place, tiles):
-        terms = [tiles[f"mask {n}"] != 0 for n in range(len(problem.mask_arrays))]
-        if problem.query_segments is not None:
-            ids = tiles["query_segments"]
-            terms.append((ids == tiles["key_segments"]) & (ids >= 0))
-        if problem.mask is not None:
-            terms.append(problem.mask(place.b, place.h, *positions(place, tiles)))
-        if problem.layout is not None and problem.layout.predicate is not None:
-            i, j = positions(place, tiles)
-            allowed = problem.layout.predicate.at(place.b, place.h, i, j, place.row, place.column)
-            terms.append((tiles["layout full"] != 0) | allowed)
-        seen = jnp.ones((1, 1), bool)
-        for term in terms:
-            seen = seen & term
-        return seen
-
-    def modify(logits, place, tiles):
-        own = {name: tiles[f"operand {name}"] for name in operands}
-        return modify_logits(problem, logits, own, tiles.get("bias"), place.b, place.h, *positions(place, tiles))
-
-    def drop(weights, place, tiles):
-        seeded = dataclasses.replace(problem, seed=(tiles["seed 0"], tiles["seed 1"]))
-        return drop_pairs(seeded, weights, place.b, place.h, place.row, place.column)
-
-    modifies = problem.score_mod is not None or problem.logit_soft_cap is not None or has_bias
-    return Pipeline(
-        visible,
-        modify if modifies else None,
-        drop if problem.dropout_rate else None,
-        None if isinstance(problem.normalizer, Softmax) else problem.normalizer.phi,
-        schedule.find_guard(problem) != "none",
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How a problem is cut: tile sizes, lists of both sides, and the class of every tile."""
-
-    sizes: tile_sizes.TileSizes
-    rows: TileLists
-    columns: TileLists
-    code: Any
-
-
-def make_tiling(problem: Problem, sizes: tile_sizes.TileSizes) -> Tiling:
-    """The live tiles of a problem, from its masks and segments; a tile that is cut off at an end counts as partial."""
-    _, length, source, _, _ = problem.sizes
-    blocks = (min(sizes.block_q, length), min(sizes.block_k, source))
-    cut = dataclasses.replace(problem, block_sizes=blocks)
-    code, _ = schedule.tile_code(cut, True)
-    xp = np if isinstance(code, np.ndarray) else jnp
-    ragged = np.zeros(code.shape[2:], bool)
-    ragged[-1:] |= bool(length % sizes.block_q)
-    ragged[:, -1:] |= bool(source % sizes.block_k)
-    code = xp.where((code == FULL) & ragged, np.int8(PARTIAL), code)
-    return Tiling(sizes, _lists(code), _lists(code.swapaxes(2, 3)), jnp.asarray(code, jnp.int32))
-
-
-def _lists(code: Any) -> TileLists:
-    lists, exists = schedule.tile_lists(code)
-    return TileLists(*lists, *exists)
-
-
 def _sizes(problem: Problem, sources: dict[str, Any], backward: bool) -> tile_sizes.TileSizes:
     query, value = sources["query"], sources["value"]
     widths = (query.shape[-1], value.shape[-1], query.dtype.itemsize)
@@ -207,8 +101,8 @@ def _arguments(problem: Problem, sources: dict[str, Any]) -> dict[str, Any]:
         "query": sources["query"],
         "key": sources["key"],
         "value": sources["value"],
-        "inputs": _inputs(problem, sources),
-        "pipeline": _pipeline(problem, "bias" in sources),
+        "inputs": make_inputs(problem, sources),
+        "pipeline": make_pipeline(problem, "bias" in sources),
         "scale": problem.scale,
         "precision": problem.precision,
         "interpret": interpreted(),
@@ -225,14 +119,16 @@ def forward(problem: Problem, sources: dict[str, Any]) -> tuple[jax.Array, jax.A
         live = jnp.asarray((code != DEAD).any((1, 2)), jnp.int32)
         out, lse = decode_kernel.forward(**arguments, live=live, block_k=block)
     else:
-        tiling = make_tiling(problem, _sizes(problem, sources, False))
-        out, lse = kernel.forward(**arguments, lists=tiling.rows, sizes=tiling.sizes)
+        sizes = _sizes(problem, sources, False)
+        tiling = make_tiling(problem, sizes.block_q, sizes.block_k)
+        out, lse = kernel.forward(**arguments, lists=tiling.rows, sizes=sizes)
     return out, jnp.swapaxes(lse, 1, 2)
 
 
 def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: dict[str, Any]) -> dict[str, Any]:
     """Transpose of the tangent of the sums: cotangents of both sums in, those of the sources named in `like` out."""
-    tiling = make_tiling(problem, _sizes(problem, sources, True))
+    sizes = _sizes(problem, sources, True)
+    tiling = make_tiling(problem, sizes.block_q, sizes.block_k)
     weighted, total = cotangents
     if "rows" in sources:
         lse = jnp.swapaxes(sources["rows"]["lse"], 1, 2)
@@ -243,7 +139,7 @@ def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: 
     )
     wanted = [f"operand {name}" for name in like.get("operands", {})] + (["bias"] if "bias" in like else [])
     query, key, value, inputs = backward_kernel.backward(
-        **_arguments(problem, sources), lists=tiling.rows, sizes=tiling.sizes, given=given, wanted=wanted
+        **_arguments(problem, sources), lists=tiling.rows, sizes=sizes, given=given, wanted=wanted
     )
     found: dict[str, Any] = {"query": query, "key": key, "value": value, "bias": inputs.get("bias")}
     found["operands"] = {name: inputs[f"operand {name}"] for name in like.get("operands", {})}

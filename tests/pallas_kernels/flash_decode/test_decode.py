@@ -97,13 +97,20 @@ def test_hidden_keys_poison_nothing():
 
 def test_the_number_of_parts_changes_nothing_beyond_rounding():
     from jattn.softmax.arguments import build_problem
-    from jattn.softmax.triton import _pipeline
+    from jattn.softmax.kernel_arguments import make_pipeline
 
     arrays = [draw(B, 1, N, D), draw(B, S, K, D, seed=1), draw(B, S, K, DV, seed=2)]
     arrays = [jnp.asarray(x, jnp.float32) for x in arrays]
     problem, _ = build_problem(*arrays)
     run = lambda parts: forward(  # noqa: E731
-        *arrays, jnp.ones((1, 5), jnp.int32), {}, _pipeline(problem, True), 16, scale=0.2, splits=parts, interpret=True
+        *arrays,
+        jnp.ones((1, 5), jnp.int32),
+        {},
+        make_pipeline(problem, True),
+        16,
+        scale=0.2,
+        splits=parts,
+        interpret=True,
     )
     one = run(1)
     for parts in (2, 3, 5):
