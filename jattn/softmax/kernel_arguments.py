@@ -138,4 +138,4 @@ def named_cotangents(query: Any, key: Any, value: Any, inputs: dict[str, Any], l
     """Cotangents as a backward kernel returns them, under the names of the sources in `like` and in their dtypes."""
     found: dict[str, Any] = {"query": query, "key": key, "value": value, "bias": inputs.get("bias")}
     found["operands"] = {name: inputs[f"operand {name}"] for name in like.get("operands", {})}
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), {n: found[n] for n in like}, like)
+    return jax.tree.map(lambda x, y: x.reshape(y.shape).astype(y.dtype), {n: found[n] for n in like}, like)

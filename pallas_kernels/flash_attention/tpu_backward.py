@@ -1,8 +1,8 @@
 """The backward attention kernels for TPUs.
 
 One walk over the tiles of queries for dQ, one over the tiles of keys for dK and dV, one over the tiles of pairs for
-inputs like a pair bias. Everything is computed again from Q, K and the log-sum-exp, and every result has one place where
-it is added up, so runs agree bit for bit.
+inputs like a pair bias. Everything is computed again from Q, K and the log-sum-exp, and every result is added up in one
+place, so runs agree bit for bit.
 """
 
 from __future__ import annotations
