@@ -59,7 +59,8 @@ def _forward_kernel(static: Static, walk: Walk, steps_ref, *refs):
         weighted_ref[...] = jnp.zeros(weighted_ref.shape, static.dtype)
 
     def tile(partial):
-        place, tiles = make_place(static, b, h, i, j), load_tiles(static, input_refs, i, j)
+        place = make_place(static, b, h, i, j)
+        tiles = load_tiles(static, input_refs, place, i, j, partial)
         visible = visible_pairs(static, place, tiles) if partial else None
         (value,) = seen_keys(static, visible, value_ref[...])
         products = dot(static, query_ref[...], key_ref[...], (1, 1)) * static.scale

@@ -48,7 +48,8 @@ def _tile_pull(static: Static, refs, input_refs, place_of, partial: bool, wanted
     """One tile of the backward pass: queries, output cotangents, keys, weights, cotangents of products and inputs."""
     query_ref, key_ref, value_ref, output_ref, lse_ref, total_ref = refs
     b, h, i, j = place_of
-    place, tiles = make_place(static, b, h, i, j), load_tiles(static, input_refs, i, j)
+    place = make_place(static, b, h, i, j)
+    tiles = load_tiles(static, input_refs, place, i, j, partial)
     visible = visible_pairs(static, place, tiles) if partial else None
     key, value = seen_keys(static, visible, key_ref[...], value_ref[...])
     rows = (query_ref[...], output_ref[...], lse_ref[...].T, total_ref[...].T)

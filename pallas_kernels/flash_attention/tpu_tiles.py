@@ -223,8 +223,8 @@ def unskewed(static: Static, tile):
     return pltpu.roll(_sheared(filled, -1).sum(0, keepdims=True), bq, 1)
 
 
-def load_tiles(static: Static, refs, i, j) -> dict[str, Any]:
-    """All inputs of a tile by name, `[Bq|1, Bk|1]`, numbers in 32 bits at least."""
+def load_tiles(static: Static, refs, place: Place, i, j, partial: bool) -> dict[str, Any]:
+    """All inputs of a tile by name, `[Bq|1, Bk|1]`, numbers in 32 bits at least, 0 beyond the ends."""
     found = {}
     for (name, given), ref in zip(static.inputs.items(), refs, strict=True):
         array = ref[window_slice(static, i, j)] if given.center is not None else ref[...]
@@ -236,6 +236,10 @@ def load_tiles(static: Static, refs, i, j) -> dict[str, Any]:
             array = skewed(static, array)
         elif given.reads[2] and not given.reads[3] and not given.by_tile:
             array = array.T
+        if partial and given.center is None and not given.by_tile:
+            for axis, numbers in ((0, place.row), (1, place.column)):
+                if given.reads[2 + axis] and static.shape[1 + axis] % static.blocks[axis]:
+                    array = jnp.where(numbers < static.shape[1 + axis], array, 0)
         found[name] = array
     return found
 
