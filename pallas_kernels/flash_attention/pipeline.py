@@ -124,14 +124,14 @@ class Backward:
         lse: log-sum-exp of the rows `[B, N, T]`, 0 where a row sees nothing; zeros for pointwise normalizers.
         total: cotangent of the sum of unnormalized weights of each row, `[B, N, T]` float32.
         code: class of every tile, `[B|1, N|1, nQ, nK]`: 0 nothing is visible, 1 something is, 2 everything is.
-        columns: query tiles of every key tile, for kernels that walk along lists.
+        columns: `TileLists` of query tiles by key tile, for kernels that walk along lists.
     """
 
     output: Any
     lse: Any
     total: Any
     code: Any
-    columns: TileLists | None = None
+    columns: Any = None
 
 
 def summed_like(cotangent: Any, given: TileInput) -> Any:
