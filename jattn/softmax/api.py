@@ -140,7 +140,7 @@ def _run(problem: Problem, sinks, implementation: str, return_residual: bool, pl
     if implementation == "reference":
         out, lse = reference.attend(problem, residual)
     else:
-        out, lse = blockwise.attend(problem, residual, kernel_module(implementation))
+        out, lse = blockwise.attend(problem, residual, kernel_module(implementation), narrow=sinks is None)
     if sinks is not None:
         out = join_sinks(out, lse, sinks)
     out = checkpoint_name(out.astype(problem.query.dtype), "attention_out")

@@ -129,10 +129,11 @@ def _arguments(problem: Problem, sources: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def forward(problem: Problem, sources: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """Output `[B, T, N, Dv]` and lse `[B, T, N]`; for pointwise normalizers unscaled sums and sums of weights."""
+def forward(problem: Problem, sources: dict[str, Any], dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Output `[B, T, N, Dv]` in `dtype`, lse `[B, T, N]`; pointwise: unscaled sums, and sums of weights."""
     sizes = _sizes(problem, sources, False)
-    out, lse = kernel.forward(**_arguments(problem, sources), code=_code(problem, sizes), sizes=sizes)
+    arguments = _arguments(problem, sources)
+    out, lse = kernel.forward(**arguments, code=_code(problem, sizes), sizes=sizes, out_dtype=dtype)
     return out, jnp.swapaxes(lse, 1, 2)
 
 

@@ -138,3 +138,12 @@ def summed_like(cotangent: Any, given: TileInput) -> Any:
     """Sum of `[B, N, T|1, S|1]` over the axes that the input broadcasts over."""
     axes = tuple(axis for axis, real in enumerate(given.reads) if not real)
     return jnp.sum(cotangent, axis=axes, keepdims=True)
+
+
+def result_shape(shape: tuple[int, ...], dtype: Any, arrays: Sequence[Any]) -> jax.ShapeDtypeStruct:
+    """The type of a kernel's result: varying over every mesh axis that an argument varies over, under shard_map."""
+
+    def join(*given):
+        return jnp.zeros(shape, dtype) + sum(jnp.zeros_like(x, shape=(), dtype=dtype) for x in given)
+
+    return jax.eval_shape(join, *arrays)

@@ -91,7 +91,7 @@ def _forward_kernel(static: Static, walk: Walk, steps_ref, *refs):
             safe = jnp.where(alive, total, 1.0)
             total = jnp.where(alive, maximum_ref[...] + jnp.log(safe), -jnp.inf)
             weighted = weighted / safe
-        out_ref[...] = weighted
+        out_ref[...] = weighted.astype(out_ref.dtype)
         lse_ref[...] = total.T
 
 
@@ -106,6 +106,7 @@ def forward(
     *,
     scale: float,
     precision: Any = None,
+    out_dtype: Any = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention, and the log-sum-exp of its rows (pointwise: the unscaled sums, and the sums of unnormalized weights).
@@ -121,10 +122,11 @@ def forward(
         sizes: of tiles.
         scale: of the logits.
         precision: of the products of float32.
+        out_dtype: of the output; that of sums, float32 at least, if not given.
         interpret: True for the plain interpreter of Pallas, or `pltpu.InterpretParams` for that of TPUs.
 
     Returns:
-        `[B, T, N, Dv]` float32 and `[B, N, T]` float32, -inf for rows that see nothing.
+        `[B, T, N, Dv]` and `[B, N, T]` float32, -inf for rows that see nothing.
 
     Raises:
         NotImplementedError: the list of tiles does not fit the scalar memory.
@@ -137,11 +139,11 @@ def forward(
     arrays += [input_array(static, x) for x in inputs.values()]
     outputs = [
         (
-            jax.ShapeDtypeStruct((batch, num_heads, length, value_dim), static.dtype),
+            ((batch, num_heads, length, value_dim), static.dtype if out_dtype is None else out_dtype),
             spec((None, None, bq, value_dim), lambda b, h, i, j: (b, h, i, 0)),
         ),
         (
-            jax.ShapeDtypeStruct((batch, num_heads, 1, length), static.dtype),
+            ((batch, num_heads, 1, length), static.dtype),
             spec((None, None, 1, bq), lambda b, h, i, j: (b, h, 0, i)),
         ),
     ]

@@ -225,7 +225,7 @@ def backward(
         specs = array_specs(static, walk, inputs)
         specs.append(spec((None, None, bq, value_dim), lambda b, h, i, j: (b, h, i, 0)))
         specs += [spec((None, None, 1, bq), lambda b, h, i, j: (b, h, 0, i))] * 2
-        results = [(jax.ShapeDtypeStruct(shape, static.dtype), place(spec)) for shape, place in outputs]
+        results = [((shape, static.dtype), place(spec)) for shape, place in outputs]
         return call_kernel(kernel, static, walk, arrays, specs, results, [], interpret, name)
 
     tables = [n for n in wanted if inputs[n].center is not None]

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.flash_attention.pipeline import Pipeline, Place, TileInput
+from pallas_kernels.flash_attention.pipeline import Pipeline, Place, TileInput, result_shape
 from pallas_kernels.flash_attention.steps import BITS, FIRST, FULL, LAST, PARTIAL, make_steps
 from pallas_kernels.flash_attention.tpu_sizes import LANES, SCALAR_MEMORY, TpuTiles
 
@@ -320,7 +320,7 @@ def program_ids():
 
 
 def call_kernel(kernel, static: Static, walk: Walk, arrays, specs, outputs, scratch, interpret, name: str):
-    """Launch a kernel over a walk; `outputs` are pairs of a shape and a block spec."""
+    """Launch a kernel over a walk; `outputs` are pairs of (shape, dtype) and a block spec."""
     shapes, out_specs = zip(*outputs, strict=True)
     semantics = ("parallel", "parallel", "arbitrary", "arbitrary")
     return pl.pallas_call(
@@ -328,7 +328,7 @@ def call_kernel(kernel, static: Static, walk: Walk, arrays, specs, outputs, scra
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1, grid=walk.grid, in_specs=specs, out_specs=list(out_specs), scratch_shapes=scratch
         ),
-        out_shape=list(shapes),
+        out_shape=[result_shape(*shape, arrays) for shape in shapes],
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         interpret=interpret,
         name=name,

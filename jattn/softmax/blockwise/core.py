@@ -25,6 +25,7 @@ class Setting:
     """Everything a pass over the tiles needs that carries no gradient; `stage` says what phi is.
 
     With `kernel`, forward and backward passes are the kernel's; tangents, and derivatives of derivatives, are not.
+    `narrow` has its softmax return the output in the queries' dtype, since nothing is done to it afterwards.
     """
 
     problem: Problem
@@ -32,6 +33,7 @@ class Setting:
     schedule: Schedule
     stage: Any = dataclasses.field(metadata={"static": True})
     kernel: Any = dataclasses.field(default=None, metadata={"static": True})
+    narrow: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def phi(self, logits, visible, rows):
         """Unnormalized weights of a tile."""
@@ -141,7 +143,8 @@ def _tangent(setting: Setting, sources, tangents, like):
 def softmax_core(setting: Setting, sources):
     """Output and lse of the softmax, in slot space: `[B, slots, N, Dv]`, `[B, slots, N]`."""
     if setting.kernel is not None:
-        return setting.kernel.forward(dataclasses.replace(setting.problem, normalizer=Softmax()), sources)
+        dtype = sources["query"].dtype if setting.narrow else setting.problem.compute_dtype
+        return setting.kernel.forward(dataclasses.replace(setting.problem, normalizer=Softmax()), sources, dtype)
     return loops.online_softmax(setting.problem, setting.slots, setting.schedule, sources)
 
 
@@ -151,12 +154,14 @@ def _softmax_rule(primals, tangents):
     if not _moving(tangents[1])[0]:
         return (out, lse), (jnp.zeros_like(out), jnp.zeros_like(lse))
     held = {**sources, "rows": {"lse": jnp.where(lse == -jnp.inf, 0, lse)}}
-    weighted, total = _tangent(setting, held, tangents[1], (out, lse))
+    wide = out.astype(lse.dtype)
+    weighted, total = _tangent(setting, held, tangents[1], (wide, lse))
     # A cotangent that is NaN in a row whose keys a bias of -inf hides stops here.
     alive = lse != -jnp.inf
     # As a dot: the transpose of a plain product, a sum of products over the last axis, is fifty times slower on CPUs.
-    shifted = jnp.einsum("btn,btnd->btnd", total, out, precision=jax.lax.Precision.HIGHEST)
-    return (out, lse), (jnp.where(alive[..., None], weighted - shifted, 0), jnp.where(alive, total, 0))
+    shifted = jnp.einsum("btn,btnd->btnd", total, wide, precision=jax.lax.Precision.HIGHEST)
+    moved = jnp.where(alive[..., None], weighted - shifted, 0).astype(out.dtype)
+    return (out, lse), (moved, jnp.where(alive, total, 0))
 
 
 softmax_core.defjvp(_softmax_rule, symbolic_zeros=True)
@@ -166,7 +171,8 @@ softmax_core.defjvp(_softmax_rule, symbolic_zeros=True)
 def pointwise_core(setting: Setting, sources):
     """sum_j phi_ij v_j and sum_j phi_ij, in slot space."""
     if setting.kernel is not None:
-        return setting.kernel.forward(dataclasses.replace(setting.problem, normalizer=setting.stage), sources)
+        staged = dataclasses.replace(setting.problem, normalizer=setting.stage)
+        return setting.kernel.forward(staged, sources, setting.problem.compute_dtype)
     return loops.sums(setting.problem, setting.slots, setting.schedule, setting.phi, sources)
 
 
@@ -181,10 +187,11 @@ def _pointwise_rule(primals, tangents):
 pointwise_core.defjvp(_pointwise_rule, symbolic_zeros=True)
 
 
-def attend(problem: Problem, return_residual: bool, kernel: Any = None):
+def attend(problem: Problem, return_residual: bool, kernel: Any = None, narrow: bool = False):
     """Output `[B, T, N, Dv]` in the computing dtype, and lse `[B, T, N]` (None unless `return_residual`).
 
-    `kernel` is a module with `forward`, `pull_back` and `pulls` that stands in for the loops over tiles.
+    `kernel` is a module with `forward`, `pull_back` and `pulls` that stands in for the loops over tiles; with `narrow`
+    its output is in the queries' dtype, which saves writing and keeping it in float32.
     """
     # Block sizes that were asked for are the kernel's.
     own = problem if kernel is None else dataclasses.replace(problem, block_sizes=None)
@@ -196,7 +203,7 @@ def attend(problem: Problem, return_residual: bool, kernel: Any = None):
         sources["operands"] = problem.operands
     problem, slots, sources = _to_slots(problem, sources)
     aux = dataclasses.replace(problem, query=None, key=None, value=None, bias=None, operands={})
-    setting = Setting(aux, slots, schedule, Softmax(), kernel)
+    setting = Setting(aux, slots, schedule, Softmax(), kernel, narrow and kernel is not None)
     lse = None
     if return_residual or isinstance(problem.normalizer, Softmax):
         out, lse = softmax_core(setting, sources)
