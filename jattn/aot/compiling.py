@@ -70,7 +70,7 @@ def compile_for(function: Callable[..., Any], *arguments: Any, target: str = "h1
         'a100: compiles in 1.2 s, takes 2.0 MB beside 0.5 MB of arguments'
     """
     found = targets.find_target(target)
-    sharding = jax.sharding.SingleDeviceSharding(targets.device(found))
+    sharding = jax.sharding.SingleDeviceSharding(targets.devices(found)[0])
 
     def shaped(leaf: Any) -> jax.ShapeDtypeStruct:
         aval = leaf if hasattr(leaf, "shape") else jax.numpy.asarray(leaf)

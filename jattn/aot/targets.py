@@ -80,8 +80,8 @@ def find_target(name: str) -> Target:
     return TARGETS[name]
 
 
-def device(target: Target) -> Any:
-    """A device of the target, which programs can be compiled for and not run on.
+def devices(target: Target) -> list[Any]:
+    """Devices of the target, which programs can be compiled for and not run on; four at least.
 
     Raises:
         RuntimeError: the compiler for the platform is not installed; the message says what is.
@@ -93,7 +93,7 @@ def device(target: Target) -> Any:
     try:
         if target.platform == "gpu":
             found = topologies.get_topology_desc(
-                platform="cuda", topology_name="", target_config=_description(target), topology="1x1x1"
+                platform="cuda", topology_name="", target_config=_description(target), topology="1x1x4"
             )
         else:
             # Without these the runtime looks for the machines of a pod.
@@ -107,7 +107,7 @@ def device(target: Target) -> Any:
             f"{target.name} needs its compiler: pip install 'jattn[{extra}]' (in an environment of its own, with "
             f"JAX_PLATFORMS=cpu set); {type(error).__name__}: {str(error).splitlines()[0][:160]}"
         ) from error
-    return found.devices[0]
+    return list(found.devices)
 
 
 def _description(target: Target) -> str:
