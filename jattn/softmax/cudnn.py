@@ -101,11 +101,14 @@ def _window(mask: Mask) -> tuple[int | None, int | None] | None:
     if isinstance(mask, _LocalWindow):
         return mask.left, mask.right
     if isinstance(mask, _And):
-        sides = _window(mask.left), _window(mask.right)
-        if sides[0] is not None and sides[1] is not None:
-            left, right = (min((n for n in pair if n is not None), default=None) for pair in zip(*sides, strict=True))
-            return left, right
+        one, other = _window(mask.left), _window(mask.right)
+        if one is not None and other is not None:
+            return _nearer(one[0], other[0]), _nearer(one[1], other[1])
     return None
+
+
+def _nearer(one: int | None, other: int | None) -> int | None:
+    return min((end for end in (one, other) if end is not None), default=None)
 
 
 def attend(problem: Problem) -> jax.Array:

@@ -1,6 +1,6 @@
 """The way to cuDNN: what it refuses, what it hands over, and that the contracts hold around the call.
 
-cuDNN runs on GPUs only. Here JAX's plain program takes its place, so that what stands around the call is what is tested.
+cuDNN runs on GPUs only. Here the plain program of JAX takes its place: what stands around the call is what is tested.
 """
 
 import jax
