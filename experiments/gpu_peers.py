@@ -11,7 +11,9 @@ from experiments.gpu_cases import Case
 from jattn.softmax import dispatch, platforms
 
 Variants = dict[str, Callable[..., Any]]
-"""Functions of the arrays of a case by the name of their tile sizes; the fastest one counts."""
+"""Functions of the arrays of a case by their tile sizes or what else is to be said; the fastest one counts."""
+DTYPES = {"jax pallas mosaic_gpu": "float16"}
+"""What is given in place of bfloat16, which does not compile there; the matrix units take both at the same speed."""
 
 
 class Refusal(Exception):
@@ -41,13 +43,19 @@ def _jax_nn(case: Case, implementation: str) -> Variants:
     if case.window is not None:
         arguments["local_window_size"] = (case.window - 1, 0)
 
+    wider = case.head_dim - case.value_dim
+
     def run(query, key, value, bias=None):
         # It has no segment ids; a mask of all pairs is what it takes instead.
-        ids = case.segment_ids() if case.documents else None
-        mask = None if ids is None else (jnp.asarray(ids)[:, None, :, None] == jnp.asarray(ids)[:, None, None, :])
-        return jax.nn.dot_product_attention(query, key, value, bias, mask, **arguments)
+        ids = jnp.asarray(case.segment_ids()) if case.documents else None
+        mask = None if ids is None else ids[:, None, :, None] == ids[:, None, None, :]
+        value = jnp.pad(value, [(0, 0)] * 3 + [(0, wider)]) if wider > 0 else value
+        out = jax.nn.dot_product_attention(query, key, value, bias, mask, **arguments)
+        return out[..., : case.value_dim]
 
-    return {"": run}
+    notes = ["documents as a dense mask"] if case.documents else []
+    notes += [f"values padded to {case.head_dim}"] if wider > 0 else []
+    return {", ".join(notes): run}
 
 
 def _same_shapes(case: Case, name: str) -> None:
@@ -96,7 +104,7 @@ def _pallas_mosaic_gpu(case: Case, interpret: bool) -> Variants:
         # It has no scale either; leaving it out changes the values, not the time.
         return lambda query, key, value: attention_mgpu.attention(query, key, value, config)
 
-    return {f"64 x {block_kv}": variant(block_kv) for block_kv in (256, 128, 64)}
+    return {f"64 x {block_kv}, float16": variant(block_kv) for block_kv in (256, 128, 64)}
 
 
 def _pallas_decode(case: Case, interpret: bool) -> Variants:

@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments import devices, records
 from experiments.gpu_cases import Case, all_cases, tiny_cases
-from experiments.gpu_peers import Refusal, implementations
+from experiments.gpu_peers import DTYPES, Refusal, implementations
 from experiments.measures import visited_pairs
 from experiments.timing import Subject, calibrate, compiled, interleave, ratio, repeated, spread
 from experiments.train import versions
@@ -85,7 +85,8 @@ def measure(case: Case, passes: str, rounds: int, seconds: float, tiny: bool, ma
         try:
             if name == "jax.nn xla" and logits > max_logits:
                 raise Refusal(f"it would hold {logits / 2**30:.0f} GiB of logits; --max_logits_gib lets it")
-            subject, variants[name] = fastest(case, passes, name, make(case, tiny), arrays)
+            own = [x.astype(DTYPES.get(name, x.dtype)) for x in arrays]
+            subject, variants[name] = fastest(case, passes, name, make(case, tiny), own)
             subjects.append(subject)
         except Refusal as reason:
             refused.append(
