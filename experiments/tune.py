@@ -39,6 +39,7 @@ from jattn.softmax.kernel_arguments import make_inputs, make_pipeline, make_tili
 from jattn.testing.tolerance import RMS_FACTOR
 from pallas_kernels.flash_attention import sizes as tile_sizes
 from pallas_kernels.flash_attention import triton, triton_backward
+from pallas_kernels.flash_attention.pipeline import Backward
 from pallas_kernels.flash_attention.sizes import TileSizes
 
 SHIPPED_TABLE = pathlib.Path(str(importlib.resources.files("pallas_kernels.flash_attention") / tile_sizes.TABLE))
@@ -127,7 +128,7 @@ class Kernel:
         }
         if not self.case.backward:
             return triton.forward(query, key, value, **arguments)[:1]
-        given = triton_backward.Backward(output, lse, total, tiling.code, tiling.columns)
+        given = Backward(output, lse, total, jnp.asarray(tiling.code, jnp.int32), tiling.columns)
         return triton_backward.backward(query, key, value, given=given, **arguments)[:3]
 
 

@@ -178,6 +178,7 @@ def explain(query, key, value, bias=None, mask=None, *, implementation=None, **a
       blockwise: 4096 x 4096 pairs a head: tiles keep the memory linear and skip what no query sees
         not reference: it would hold 4096 x 4096 logits a head
         not triton: it runs on a gpu, this is a cpu
+        not tpu: it runs on a tpu, this is a cpu
         not cudnn: it runs on a gpu, this is a cpu
     """
     residual = arguments.pop("return_residual", False) or arguments.get("sinks") is not None

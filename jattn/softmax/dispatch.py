@@ -11,8 +11,8 @@ import jax
 from jattn.softmax.platforms import current
 from jattn.softmax.problem import Problem
 
-IMPLEMENTATIONS = ("reference", "blockwise", "triton", "cudnn")
-KERNELS = {"triton": "gpu", "cudnn": "gpu"}
+IMPLEMENTATIONS = ("reference", "blockwise", "triton", "tpu", "cudnn")
+KERNELS = {"triton": "gpu", "tpu": "tpu", "cudnn": "gpu"}
 """Platform of each kernel."""
 WITHOUT_LSE = frozenset({"cudnn"})
 """Kernels that give no differentiable log-sum-exp: no residual and no sinks; each has an `attend(problem)`."""
