@@ -8,8 +8,8 @@ either: causal attention is cut to as many keys as queries, keys beyond a row's 
 What differs from the other implementations, since the program and its rules of differentiation are not ours:
 
 - gradients once, in reverse; forward-mode and second derivatives raise;
-- under vmap queries, keys and values must be mapped together along their first axis, without key lengths; anything else
-  raises;
+- under vmap queries, keys and values are best mapped together along their first axis, without key lengths; with older
+  versions of JAX anything else raises;
 - two backward passes may differ in the last bits, unless XLA_FLAGS holds --xla_gpu_deterministic_ops;
 - no bias: where only queries, keys and values are mapped, JAX's rule gives every one of them the sum of all gradients.
 """
