@@ -4,12 +4,19 @@
     python -m experiments.benchmark --suite=short            T <= 512: 30 interleaved pairs with jax.nn
     python -m experiments.benchmark --suite=sparse           window, packing, GNA at T = 16384: time per visited pair
     python -m experiments.benchmark --suite=lengths --lengths=1024,2048 --rounds=5
+    python -m experiments.benchmark --suite=gpu              on an NVIDIA GPU: all kernels, cuDNN and JAX's own
+    python -m experiments.benchmark --suite=gpu --groups=published,decode --lengths=4096
+    python -m experiments.benchmark --suite=gpu --tiny --output=/tmp/gpu    the same path anywhere, at toy sizes
 
 Programs are compiled anew and then run in turn, so that a busy machine disturbs all alike; ratios are taken round by
 round and given as medians with quartiles. `compile s` includes tracing, `temp MB` is what the compiler reserves
 besides arguments and results. Dense peers stop at --max_dense_length: their memory grows with the square of the
 length. The table goes to the terminal, everything measured to OUTPUT/SUITE.json, a plot of time against length to
 OUTPUT/lengths.png. Measure on a machine that does nothing else.
+
+The suite gpu prints TFLOP/s (2 B N pairs (D + Dv) forward, 2.5 times that backward, half of all pairs for causal
+attention, visible pairs for windows and documents), the share of the device's peak, temporary memory, and time to that
+of cuDNN through jax.nn; it writes one JSON file a group, with device, driver and versions.
 """
 
 import pathlib
@@ -24,15 +31,15 @@ import numpy as np
 from absl import app, flags
 
 import jattn
-from experiments import peers, records
+from experiments import devices, gpu_suite, peers, records
+from experiments.measures import visited_pairs
 from experiments.peers import gradient_of
 from experiments.timing import Subject, compiled, interleave, ratio, spread
 from experiments.train import versions
-from jattn.softmax.arguments import build_problem
-from jattn.softmax.blockwise.schedule import make_schedule
 
 HEADS, DIM = 8, 64
 PASSES = ("forward", "forward+backward")
+RESULTS = pathlib.Path("experiments/results")
 
 
 def make_arrays(length: int) -> tuple[jax.Array, ...]:
@@ -150,14 +157,6 @@ def sparse_suite(length: int, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def visited_pairs(arrays, **arguments: Any) -> int:
-    """Pairs of the score matrix of one head in the tiles that the blockwise path visits."""
-    problem, _ = build_problem(*arrays, **arguments)
-    schedule = make_schedule(problem, True)
-    tiles = int(schedule.full_count.sum() + schedule.partial_count.sum())
-    return tiles * schedule.query_block * schedule.key_block
-
-
 def show(line: dict[str, Any]) -> None:
     """Print one line of the table."""
     memory = "" if line["temp_bytes"] is None else f"{line['temp_bytes'] / 1e6:9.1f} MB"
@@ -195,36 +194,45 @@ def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def define_flags() -> None:
-    """The flags of this script."""
-    flags.DEFINE_enum(
-        "suite", "lengths", ["lengths", "short", "sparse", "all"], "what to measure; see the top of the help"
-    )
-    flags.DEFINE_list("lengths", None, "lengths T (default: the suite's own)")
-    flags.DEFINE_integer("rounds", None, "measured rounds (default: 5; 30 for short)", lower_bound=1)
-    flags.DEFINE_integer("max_dense_length", 8192, "longest T for peers that hold the whole score matrix")
-    flags.DEFINE_integer("threads", 2, "threads for torch")
-    flags.DEFINE_string("output", "experiments/results/benchmark", "folder for JSON and plot")
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of this script; a function, so that several scripts can be imported into one process."""
+
+    def own(define: Callable[..., Any], name: str, default: Any, *more: Any, **limits: Any) -> None:
+        define(name, default, *more, flag_values=values, **limits)
+
+    suites = ["lengths", "short", "sparse", "gpu", "all"]
+    own(flags.DEFINE_enum, "suite", "lengths", suites, "what to measure; see the top of the help (all: but gpu)")
+    own(flags.DEFINE_list, "lengths", None, "lengths T (default: the suite's own)")
+    own(flags.DEFINE_integer, "rounds", None, "measured rounds (default: 5; short: 30; gpu: 10)", lower_bound=1)
+    own(flags.DEFINE_integer, "max_dense_length", 8192, "longest T for peers that hold the whole score matrix")
+    own(flags.DEFINE_integer, "threads", 2, "threads for torch")
+    own(flags.DEFINE_string, "output", None, "folder for JSON and plot (default: experiments/results/benchmark or gpu)")
+    own(flags.DEFINE_list, "groups", list(gpu_suite.GROUPS), "groups of cases (gpu)")
+    own(flags.DEFINE_float, "seconds", 0.02, "how long the calls of one measurement take together (gpu)")
+    own(flags.DEFINE_float, "max_logits_gib", 20.0, "GiB of float32 logits up to which jax.nn xla is run (gpu)")
+    own(flags.DEFINE_bool, "tiny", False, "toy sizes in interpreters, on any machine; no measurement (gpu)")
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> None:
     """Run the chosen suites."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; everything is a flag")
-    options = flags.FLAGS
     jax.config.update("jax_enable_compilation_cache", False)
-    given = None if options.lengths is None else [int(x) for x in options.lengths]
+    given = None if values.lengths is None else [int(x) for x in values.lengths]
+    command = shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]])
+    if values.suite == "gpu":
+        run_gpu_suite(values, given, command)
+        return
     runs: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "lengths": lambda: lengths_suite(
-            given or [128, 512, 1024, 2048, 4096, 8192], options.rounds or 5, options.max_dense_length, options.threads
+            given or [128, 512, 1024, 2048, 4096, 8192], values.rounds or 5, values.max_dense_length, values.threads
         ),
-        "short": lambda: short_suite(given or [128, 256, 512], options.rounds or 30),
-        "sparse": lambda: sparse_suite((given or [16384])[0], options.rounds or 5),
+        "short": lambda: short_suite(given or [128, 256, 512], values.rounds or 30),
+        "sparse": lambda: sparse_suite((given or [16384])[0], values.rounds or 5),
     }
-    output = pathlib.Path(options.output)
-    for suite in runs if options.suite == "all" else [options.suite]:
+    output = pathlib.Path(values.output or RESULTS / "benchmark")
+    for suite in runs if values.suite == "all" else [values.suite]:
         rows = runs[suite]()
-        command = shlex.join(["python", "-m", "experiments.benchmark", *sys.argv[1:]])
         device = str(jax.devices()[0].device_kind)
         content = {
             "schema": "jattn.benchmark/1",
@@ -239,6 +247,26 @@ def main(argv: Sequence[str]) -> None:
         print(f"written: {output / suite}.json", flush=True)
 
 
+def run_gpu_suite(values: flags.FlagValues, lengths: Sequence[int] | None, command: str) -> None:
+    """The suite "gpu" with the flags of this script."""
+    if unknown := set(values.groups) - set(gpu_suite.GROUPS):
+        raise app.UsageError(f"--groups knows {', '.join(gpu_suite.GROUPS)}, not {', '.join(sorted(unknown))}")
+    if values.tiny and values.output is None:
+        raise app.UsageError("--tiny measures nothing: name a folder for what it writes with --output")
+    if not values.tiny:
+        devices.require_gpu("benchmark --suite=gpu", "--tiny --output=FOLDER runs the whole path, at toy sizes.")
+    gpu_suite.run(
+        pathlib.Path(values.output or RESULTS / "gpu"),
+        command,
+        groups=values.groups,
+        lengths=lengths or gpu_suite.LENGTHS,
+        rounds=values.rounds or 10,
+        seconds=0.0 if values.tiny else values.seconds,
+        tiny=values.tiny,
+        max_logits=values.max_logits_gib * 2**30,
+    )
+
+
 if __name__ == "__main__":
-    define_flags()
+    define_flags(flags.FLAGS)
     app.run(main)

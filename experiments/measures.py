@@ -18,6 +18,8 @@ from jattn.cache import FullCache, WindowCache
 from jattn.cache.protocol import nbytes
 from jattn.mechanisms.entry import Entry
 from jattn.softmax import api, gather
+from jattn.softmax.arguments import build_problem
+from jattn.softmax.blockwise.schedule import make_schedule
 from jattn.softmax.problem import dense_visibility
 
 
@@ -127,6 +129,14 @@ def visible_pairs(problem: Any) -> Any:
         return jnp.asarray(length * source, jnp.float32)
     # Axes of size 1 broadcast, so the mean over what is there is the mean over everything.
     return jnp.mean(jnp.asarray(visible, jnp.float32)) * length * source
+
+
+def visited_pairs(arrays, **arguments: Any) -> int:
+    """Pairs of the score matrix of one head in the tiles that the blockwise path visits."""
+    problem, _ = build_problem(*arrays, **arguments)
+    schedule = make_schedule(problem, True)
+    tiles = int(schedule.full_count.sum() + schedule.partial_count.sum())
+    return tiles * schedule.query_block * schedule.key_block
 
 
 def visited_share(trainer: Trainer, params: Any, other: Any, batch: Mapping[str, Any]) -> float | None:

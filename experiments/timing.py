@@ -12,13 +12,28 @@ import numpy as np
 
 @dataclasses.dataclass
 class Subject:
-    """A program to measure: `call()` runs it to the end; what is known before it runs, and the times it took."""
+    """A program to measure: `call()` starts it, what it returns can be waited for; the times that one run took.
+
+    `calls` of them are started before anything is waited for, and each call makes `runs` runs: what a GPU does in
+    microseconds would otherwise be lost in the time of starting it. A device runs what it is given in order.
+    """
 
     name: str
     call: Callable[[], Any]
     compile_s: float | None = None
     temp_bytes: int | None = None
     times: list[float] = dataclasses.field(default_factory=list)
+    calls: int = 1
+    runs: int = 1
+
+    def measure(self) -> float:
+        """Seconds of one run."""
+        start = time.perf_counter()
+        result = None
+        for _ in range(self.calls):
+            result = self.call()
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / (self.calls * self.runs)
 
 
 def compiled(name: str, function: Callable[..., Any], *arguments: Any) -> Subject:
@@ -28,7 +43,29 @@ def compiled(name: str, function: Callable[..., Any], *arguments: Any) -> Subjec
     seconds = time.perf_counter() - start
     memory = program.memory_analysis()
     used = None if memory is None else int(memory.temp_size_in_bytes)
-    return Subject(name, lambda: jax.block_until_ready(program(*arguments)), seconds, used)
+    return Subject(name, lambda: program(*arguments), seconds, used)
+
+
+def repeated(function: Callable[..., Any], runs: int) -> Callable[..., Any]:
+    """A function that runs another one `runs` times in one program, each run after the one before it."""
+
+    def run(*arrays: Any) -> Any:
+        def once(_: Any, carry: Any) -> Any:
+            # The compiler must not see that all runs are the same one, nor take a part of them out of the loop.
+            return jax.lax.optimization_barrier((carry[0], function(*carry[0])))
+
+        shapes = jax.eval_shape(function, *arrays)
+        empty = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.fori_loop(0, runs, once, (arrays, empty))[1]
+
+    return run
+
+
+def calibrate(subjects: Sequence[Subject], seconds: float) -> None:
+    """Let every subject make as many calls at a time as fit into `seconds`; each must have run before."""
+    for subject in subjects:
+        subject.calls = 1
+        subject.calls = max(1, min(1000, round(seconds / (subject.measure() * subject.runs))))
 
 
 def interleave(subjects: Sequence[Subject], rounds: int, *, warm: bool = True) -> None:
@@ -36,10 +73,9 @@ def interleave(subjects: Sequence[Subject], rounds: int, *, warm: bool = True) -
     for number in range(-1 if warm else 0, rounds):
         for subject in subjects:
             gc.collect()
-            start = time.perf_counter()
-            subject.call()
+            seconds = subject.measure()
             if number >= 0:
-                subject.times.append(time.perf_counter() - start)
+                subject.times.append(seconds)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

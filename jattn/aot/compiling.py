@@ -78,7 +78,7 @@ def compile_for(function: Callable[..., Any], *arguments: Any, target: str = "h1
 
     started = time.perf_counter()
     try:
-        with compiling_for(found.platform, found.capability):
+        with compiling_for(found.platform, found.capability, found.title if found.platform == "gpu" else ""):
             traced = jax.jit(lambda *given: function(*given)).trace(*jax.tree.map(shaped, arguments))
         platform = "cuda" if found.platform == "gpu" else found.platform
         compiled = traced.lower(lowering_platforms=(platform,)).compile()

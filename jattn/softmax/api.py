@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jattn.softmax import blockwise, reference
 from jattn.softmax.arguments import build_problem
-from jattn.softmax.dispatch import Explanation, choose, kernel_module
+from jattn.softmax.dispatch import WITHOUT_LSE, Explanation, choose, kernel_module
 from jattn.softmax.merge import join_sinks
 from jattn.softmax.platforms import Platform, current
 from jattn.softmax.problem import Problem
@@ -64,8 +64,9 @@ def dot_product_attention(
       query_seq_lengths: `[B]`, rows from there on are padding.
       key_value_seq_lengths: `[B]`, keys from there on are padding.
       local_window_size: (left, right) or an int for both: i - left <= j <= i + right.
-      implementation: None (by platform and shape), "reference", "blockwise", "xla" (one of the two by shape), or
-        "triton" (one fused kernel on NVIDIA GPUs from Ampere on; elsewhere in the interpreter of Pallas, for tests).
+      implementation: None (by platform and shape), "reference", "blockwise", "xla" (one of the two by shape),
+        "triton" (one fused kernel on NVIDIA GPUs from Ampere on; elsewhere in the interpreter of Pallas, for tests), or
+        "cudnn" (NVIDIA's library through jax.nn: float16 and bfloat16, plain, causal, windowed or with key lengths).
       return_residual: also return the log-sum-exp of the visible logits (without sinks).
       segment_ids: `[B, T]`, or a pair of `[B, T]` and `[B, S]`: equal ids see each other, negative = padding.
       query_positions: `[B|1, T]` integers that is_causal, windows, masks and score mods see instead of 0..T-1.
@@ -126,7 +127,7 @@ def dot_product_attention(
         precision=precision,
         block_sizes=block_sizes,
     )
-    chosen = choose(problem, implementation).chosen
+    chosen = choose(problem, implementation, return_residual or sinks is not None).chosen
     out, lse = _run(problem, sinks, chosen, return_residual, current())
     if np.ndim(query) == 3:
         out, lse = out[0], None if lse is None else lse[0]
@@ -139,6 +140,8 @@ def _run(problem: Problem, sinks, implementation: str, return_residual: bool, pl
     residual = return_residual or sinks is not None
     if implementation == "reference":
         out, lse = reference.attend(problem, residual)
+    elif implementation in WITHOUT_LSE:
+        out, lse = kernel_module(implementation).attend(problem), None
     else:
         out, lse = blockwise.attend(problem, residual, kernel_module(implementation), narrow=sinks is None)
     if sinks is not None:
@@ -176,8 +179,9 @@ def explain(query, key, value, bias=None, mask=None, *, implementation=None, **a
         not reference: it would hold 4096 x 4096 logits a head
         not triton: it runs on a gpu, this is a cpu
         not tpu: it runs on a tpu, this is a cpu
+        not cudnn: it runs on a gpu, this is a cpu
     """
-    arguments.pop("return_residual", None)
+    residual = arguments.pop("return_residual", False) or arguments.get("sinks") is not None
     given = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask, **arguments}
     leaves, structure = jax.tree.flatten(given)
     shaped = [n for n, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
@@ -188,7 +192,7 @@ def explain(query, key, value, bias=None, mask=None, *, implementation=None, **a
         for n, array in zip(shaped, arrays, strict=True):
             filled[n] = array
         problem, _ = build_problem(**jax.tree.unflatten(structure, filled))
-        found.append(choose(problem, implementation))
+        found.append(choose(problem, implementation, residual))
         return problem.query
 
     jax.eval_shape(probe, [leaves[n] for n in shaped])

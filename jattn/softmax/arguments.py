@@ -286,5 +286,6 @@ def build_problem(
         dropout_rate=dropout_rate,
         precision=_precision(precision),
         block_sizes=_block_sizes(block_sizes),
+        key_lengths=None if key_value_seq_lengths is None else jnp.asarray(key_value_seq_lengths),
     )
     return problem, _sinks(sinks, num_heads, normalizer)

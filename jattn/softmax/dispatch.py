@@ -11,9 +11,11 @@ import jax
 from jattn.softmax.platforms import current
 from jattn.softmax.problem import Problem
 
-IMPLEMENTATIONS = ("reference", "blockwise", "triton", "tpu")
-KERNELS = {"triton": "gpu", "tpu": "tpu"}
+IMPLEMENTATIONS = ("reference", "blockwise", "triton", "tpu", "cudnn")
+KERNELS = {"triton": "gpu", "tpu": "tpu", "cudnn": "gpu"}
 """Platform of each kernel."""
+WITHOUT_LSE = frozenset({"cudnn"})
+"""Kernels that give no differentiable log-sum-exp: no residual and no sinks; each has an `attend(problem)`."""
 VERIFIED: frozenset[str] = frozenset()
 """Kernels whose tests have passed on such a device, compiled and not interpreted; only these are chosen unasked."""
 # Below this many pairs a head, one fused quadratic program beats a loop over tiles (measured with
@@ -40,17 +42,24 @@ def kernel_module(implementation: str) -> Any:
     return importlib.import_module(f"jattn.softmax.{implementation}") if implementation in KERNELS else None
 
 
-def _why_not(name: str, problem: Problem) -> str:
+def _refusal(name: str, problem: Problem, residual: bool) -> str:
+    """Why a kernel cannot run a problem at all, with who can; empty if it can."""
+    if residual and name in WITHOUT_LSE:
+        return "it gives no residual and takes no sinks, which need a differentiable lse; 'blockwise' does"
+    return kernel_module(name).unsupported(problem)
+
+
+def _why_not(name: str, problem: Problem, residual: bool) -> str:
     """Why a kernel is not chosen on its own platform, unless it is asked for; empty if it is."""
     if name not in VERIFIED:
         return f"no run on hardware has verified it yet; implementation={name!r} asks for it"
     if jax.device_count() > 1:
         return f"XLA would gather sharded arrays for a kernel; under shard_map, implementation={name!r} asks for it"
-    return kernel_module(name).unsupported(problem)
+    return _refusal(name, problem, residual)
 
 
-def choose(problem: Problem, implementation: str | None) -> Explanation:
-    """The implementation for a problem.
+def choose(problem: Problem, implementation: str | None, residual: bool = False) -> Explanation:
+    """The implementation for a problem; `residual` says that its log-sum-exp is wanted too.
 
     Raises:
       ValueError: an unknown name.
@@ -65,7 +74,7 @@ def choose(problem: Problem, implementation: str | None) -> Explanation:
         )
     others, remark = {}, ""
     if implementation in KERNELS:
-        reason = kernel_module(implementation).unsupported(problem)
+        reason = _refusal(implementation, problem, residual)
         if reason:
             raise NotImplementedError(f"dot_product_attention: implementation {implementation!r}: {reason}")
         remark = kernel_module(implementation).remark(problem)
@@ -75,7 +84,7 @@ def choose(problem: Problem, implementation: str | None) -> Explanation:
     for name, home in KERNELS.items():
         others[name] = f"it runs on a {home}, this is a {platform}" if implementation is None else "'xla' was asked for"
         if platform == home and implementation is None:
-            others[name] = _why_not(name, problem)
+            others[name] = _why_not(name, problem, residual)
         if not others[name]:
             rest = dict.fromkeys((n for n in IMPLEMENTATIONS if n != name), f"{name} is faster on a {home}")
             return Explanation(name, f"one fused kernel on {platform}", rest)

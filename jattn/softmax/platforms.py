@@ -11,11 +11,12 @@ import jax
 
 
 class Platform(NamedTuple):
-    """Name ("cpu", "gpu", "tpu") and, on GPUs, the compute capability, as "9.0"."""
+    """Name ("cpu", "gpu", "tpu") and, on GPUs, the compute capability, as "9.0", and the kind, as "NVIDIA H200"."""
 
     name: str
     capability: str = ""
     attached: bool = True
+    kind: str = ""
 
 
 _TARGET: contextvars.ContextVar[Platform | None] = contextvars.ContextVar("jattn_target", default=None)
@@ -27,12 +28,14 @@ def current() -> Platform:
     if target is not None:
         return target
     name = jax.default_backend()
-    capability = str(getattr(jax.devices()[0], "compute_capability", "")) if name == "gpu" else ""
-    return Platform(name, capability)
+    if name != "gpu":
+        return Platform(name)
+    device = jax.devices()[0]
+    return Platform(name, str(getattr(device, "compute_capability", "")), kind=device.device_kind)
 
 
 @contextlib.contextmanager
-def compiling_for(name: str, capability: str = "") -> Iterator[None]:
+def compiling_for(name: str, capability: str = "", kind: str = "") -> Iterator[None]:
     """Choose implementations as if this platform were attached.
 
     Example:
@@ -40,7 +43,7 @@ def compiling_for(name: str, capability: str = "") -> Iterator[None]:
         ...     current().name
         'gpu'
     """
-    token = _TARGET.set(Platform(name, capability, attached=False))
+    token = _TARGET.set(Platform(name, capability, False, kind))
     try:
         yield
     finally:

@@ -26,7 +26,8 @@ class Problem:
 
     Shapes: query `[B, T, N, D]`, key `[B, S, K, D]`, value `[B, S, K, Dv]`; bias and every array of `mask_arrays`
     `[B|1, N|1, T|1, S|1]`; operands likewise, or `[B|1, N|1, R]` for offsets; positions and segments `[B|1, T]` and
-    `[B|1, S]`; seed uint32 `[2]`.
+    `[B|1, S]`; seed uint32 `[2]`. `key_lengths` `[B]` is there where key lengths were given, which then also are the
+    last of `mask_arrays`.
     """
 
     query: Any
@@ -52,6 +53,7 @@ class Problem:
     precision: Any = _static(None)
     self_segments: bool = _static(False)
     block_sizes: tuple[int, int] | None = _static(None)
+    key_lengths: Any = None
 
 
 def modify_logits(problem: Problem, logits, tiles, bias, b, h, i, j):

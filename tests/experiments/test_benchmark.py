@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,3 +47,34 @@ def test_every_suite_writes_what_it_measured(tmp_path, monkeypatch):
     benchmark.plot([row for row in rows if row["suite"] == "lengths"], tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").stat().st_size > 1000
     json.dumps(rows)
+
+
+def test_many_runs_in_one_program_are_all_made():
+    counted = []
+
+    def function(x, y):
+        jax.debug.callback(lambda: counted.append(1))
+        return jnp.sin(x) @ y
+
+    arrays = (jnp.ones((3, 3)), jnp.full((3, 3), 2.0))
+    found = jax.jit(timing.repeated(function, 4))(*arrays)
+    jax.effects_barrier()
+    assert len(counted) == 4
+    np.testing.assert_allclose(found, jnp.sin(arrays[0]) @ arrays[1], rtol=1e-6)
+
+
+def test_a_measurement_is_divided_among_its_calls_and_runs(monkeypatch):
+    calls = []
+    subject = timing.Subject("x", lambda: calls.append(1), calls=5, runs=2)
+    clock = iter([0.0, 20.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    assert subject.measure() == 2.0 and len(calls) == 5
+
+
+def test_short_programs_make_more_calls_at_a_time():
+    subject = timing.Subject("x", lambda: None, runs=10)
+    subject.measure = lambda: 0.001
+    timing.calibrate([subject], 0.1)
+    assert subject.calls == 10
+    timing.calibrate([subject], 0.0)
+    assert subject.calls == 1
