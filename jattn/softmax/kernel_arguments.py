@@ -6,13 +6,15 @@ Every backend in `pallas_kernels/flash_attention/` takes these; the adapters bes
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jattn.softmax.blockwise import schedule
-from jattn.softmax.masks import FULL, PARTIAL
+from jattn.softmax.mask_type import FULL, PARTIAL, Entries, Mask
 from jattn.softmax.normalizers import Softmax
 from jattn.softmax.predicates import head_entry
 from jattn.softmax.problem import Problem, drop_pairs, modify_logits
@@ -43,7 +45,59 @@ def make_inputs(problem: Problem, sources: dict[str, Any]) -> dict[str, TileInpu
         heads = head_entry(np.arange(problem.sizes[3]), problem.sizes[3], full.shape[1])
         full = full[:, heads] if full.shape[1] != 1 else full
         inputs["layout full"] = TileInput(jnp.asarray(full, jnp.int32), by_tile=True)
+    for n, leaf in enumerate(jax.tree.leaves(_masks(problem))):
+        array = jnp.asarray(leaf, jnp.int8 if jnp.result_type(leaf) == bool else None)
+        scalar = array.ndim == 0
+        inputs[f"held {n}"] = TileInput(array.reshape(1, 1, 1, 1) if scalar else array, gathered=not scalar)
     return inputs
+
+
+def _masks(problem: Problem) -> tuple[Mask | None, Mask | None]:
+    """The masks that are evaluated pair by pair: by position, and by slot of the layout."""
+    return problem.mask, None if problem.layout is None else problem.layout.predicate
+
+
+def _masks_in_kernel(problem: Problem, tiles: Mapping[str, Any]) -> tuple[Mask | None, Mask | None]:
+    """The same masks with arrays that read what the tile holds."""
+    leaves, tree = jax.tree.flatten(_masks(problem))
+    return tree.unflatten([_entries(leaf, tiles[f"held {n}"]) for n, leaf in enumerate(leaves)])
+
+
+def _entries(leaf: Any, held: Any) -> Any:
+    boolean = jnp.result_type(leaf) == bool
+    if jnp.ndim(leaf) == 0:
+        return held != 0 if boolean else held
+    return Entries(jnp.shape(leaf), jnp.result_type(leaf), (lambda *i: held(*i) != 0) if boolean else held)
+
+
+def gathers(problem: Problem) -> bool:
+    """Whether tiles read arrays by gather (`TileInput.gathered`), which a backend may not be able to."""
+    return any(jnp.ndim(leaf) > 0 for leaf in jax.tree.leaves(_masks(problem)))
+
+
+def gather_reason(problem: Problem) -> str:
+    """Why the arrays of masks cannot be read by gather, for a message; empty if they can."""
+    if not gathers(problem):
+        return ""
+    row, column = jnp.zeros((16, 1), jnp.int32), jnp.zeros((1, 16), jnp.int32)
+
+    def read(dtype):
+        return lambda *index: jnp.zeros(jnp.broadcast_shapes(*(x.shape for x in index)), dtype)
+
+    def evaluate(b, h, row, column):
+        tiles = {
+            f"held {n}": jnp.asarray(leaf) if jnp.ndim(leaf) == 0 else read(jnp.result_type(leaf))
+            for n, leaf in enumerate(jax.tree.leaves(_masks(problem)))
+        }
+        mask, predicate = _masks_in_kernel(problem, tiles)
+        seen = [] if mask is None else [mask(b, h, row, column)]
+        return seen if predicate is None else [*seen, predicate.at(b, h, row, column, row, column)]
+
+    try:
+        jax.eval_shape(evaluate, jnp.int32(0), jnp.int32(0), row, column)
+    except Exception as error:  # Whatever a mask does with a thing that is no array; with arrays it may well work.
+        return f"a mask that does more with its arrays than reading entries ({error})"
+    return ""
 
 
 def _rows(array: Any) -> Any:
@@ -62,15 +116,15 @@ def make_pipeline(problem: Problem, has_bias: bool) -> Pipeline:
         return tiles.get("query_positions", place.row), tiles.get("key_positions", place.column)
 
     def visible(place, tiles):
+        mask, predicate = _masks_in_kernel(problem, tiles)
         terms = [tiles[f"mask {n}"] != 0 for n in range(len(problem.mask_arrays))]
         if problem.query_segments is not None:
             ids = tiles["query_segments"]
             terms.append((ids == tiles["key_segments"]) & (ids >= 0))
-        if problem.mask is not None:
-            terms.append(problem.mask(place.b, place.h, *positions(place, tiles)))
-        if problem.layout is not None and problem.layout.predicate is not None:
-            i, j = positions(place, tiles)
-            allowed = problem.layout.predicate.at(place.b, place.h, i, j, place.row, place.column)
+        if mask is not None:
+            terms.append(mask(place.b, place.h, *positions(place, tiles)))
+        if predicate is not None:
+            allowed = predicate.at(place.b, place.h, *positions(place, tiles), place.row, place.column)
             terms.append((tiles["layout full"] != 0) | allowed)
         seen = jnp.ones((1, 1), bool)
         for term in terms:

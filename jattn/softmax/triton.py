@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jattn.softmax import platforms
 from jattn.softmax.blockwise import schedule
-from jattn.softmax.kernel_arguments import make_inputs, make_pipeline, make_tiling
+from jattn.softmax.kernel_arguments import gather_reason, make_inputs, make_pipeline, make_tiling
 from jattn.softmax.masks import DEAD
 from jattn.softmax.normalizers import Pointwise, Softmax
 from jattn.softmax.problem import Problem
@@ -39,8 +39,8 @@ def unsupported(problem: Problem) -> str:
         reason = f"head dims {widths[0]} and {widths[1]}; its tiles reach to {MAX_HEAD_DIM}"
     elif found := _layout_reason(problem):
         reason = found
-    elif jax.tree.leaves(problem.mask):
-        reason = "a mask that holds arrays (one that is a function of positions alone, or a boolean array, it takes)"
+    elif found := gather_reason(problem):
+        reason = found
     elif not isinstance(problem.normalizer, Softmax | Pointwise):
         reason = f"the normalizer {type(problem.normalizer).__name__}, which needs two passes"
     return reason and f"it does not take {reason}; 'blockwise' does"
@@ -59,8 +59,6 @@ def _layout_reason(problem: Problem) -> str:
         return ""
     if layout.query_perm is not None or layout.key_perm is not None:
         return "a block layout that permutes tokens"
-    if jax.tree.leaves(layout.predicate):
-        return "a block layout whose predicate holds arrays"
     try:
         for backward in (False, True):
             _sizes(problem, {"query": problem.query, "value": problem.value}, backward)

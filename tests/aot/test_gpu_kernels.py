@@ -9,7 +9,7 @@ import pytest
 
 import jattn
 import jattn.aot
-from jattn.softmax.compilers import from_mask_mod
+from jattn.softmax.compilers import from_mask_mod, from_token_selection, tile_bits
 
 pytestmark = [
     pytest.mark.aot,
@@ -36,6 +36,30 @@ def mod(slope, at_query, at_key, pair, table):
     return jattn.ScoreMod(add_all, {n: jattn.Operand(arrays[n], kind) for n, kind in kinds.items()})
 
 
+def of_arrays(b, h, i, j, aux):
+    return (j < aux["length"][b - 1]) & (aux["open"][h, j] | (j <= i))
+
+
+def held_by_a_mask():
+    lengths, opened = np.array([300, 700]), np.random.default_rng(0).random((N, S)) < 0.5
+    ids = [np.arange(n)[None] // 300 for n in (T, S)]
+    mask = jattn.masks.mask_mod(of_arrays, {"length": lengths, "open": opened})
+    return {"mask": mask & jattn.masks.segment_mask(*ids) | jattn.masks.prefix(np.array([64]))}
+
+
+SIZES = {"query_slots": T, "key_slots": S, "query_block": 64, "key_block": 64}
+
+
+def selection():
+    chosen = np.random.default_rng(0).random((1, K, T, S // 50)) < 0.3
+    return {"layout": from_token_selection(chosen, 1, 50, jattn.masks.causal(), num_heads=N, **SIZES)}
+
+
+def bits():
+    odd = jattn.masks.dense(np.random.default_rng(0).random((1, 1, T, S)) < 0.5) & jattn.masks.sliding_window(200)
+    return {"layout": from_mask_mod(tile_bits(odd, 1, 1, T, S, 64, 64), 1, 1, T, S, 64, 64)}
+
+
 # Name -> (shapes of what is differentiated besides, arguments from it).
 FEATURES = {
     "causal": ((), lambda: {"is_causal": True}),
@@ -60,6 +84,10 @@ FEATURES = {
         (),
         lambda: {"layout": from_mask_mod(jattn.masks.sliding_window(200), 1, 1, T, S, 64, 64), "is_causal": True},
     ),
+    "prefix lengths": ((), lambda: {"mask": jattn.masks.prefix_lm_mask(np.array([300]))}),
+    "mask with arrays": ((), held_by_a_mask),
+    "token selection": ((), selection),
+    "tile bits": ((), bits),
     "dropout": ((), lambda: {"dropout_rate": 0.1, "dropout_key": jax.random.key(0), "is_causal": True}),
 }
 

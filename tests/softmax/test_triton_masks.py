@@ -1,0 +1,92 @@
+"""Masks and layouts that hold arrays, through the Triton kernel in the interpreter, against the float64 truth."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn.softmax.compilers import from_mask_mod, from_token_selection, tile_bits
+from tests.softmax.test_triton import POSITIONS, SEGMENTS, B, K, N, S, T, compare, draw, inputs
+
+
+def random(*shape, share=0.5, seed=0):
+    return np.random.default_rng(seed).random(shape) < share
+
+
+def near(b, h, i, j, aux):
+    return (jnp.abs(aux["at"][b, j] - i) <= aux["reach"]) | (aux["open"][h, -1] & (j == 0))
+
+
+NEAR = {
+    "at": np.random.default_rng(1).integers(0, T, (B, S)),
+    "reach": np.int32(9),
+    "open": random(N, 3, seed=2),
+}
+
+MASKS = {
+    "prefix": lambda: {"mask": jattn.masks.prefix_lm_mask(np.array([5, 20]))},
+    "prefix of one row": lambda: {"mask": jattn.masks.prefix(np.array([7]))},
+    "prefix of no axis": lambda: {"mask": jattn.masks.prefix(np.array(7)) | jattn.masks.causal()},
+    "dense": lambda: {"mask": jattn.masks.dense(random(B, N, T, S)) & jattn.masks.local_window(20, 3)},
+    "dense, one head": lambda: {"mask": ~jattn.masks.dense(random(B, 1, T, S))},
+    "dense by position": lambda: {"mask": jattn.masks.dense(random(1, N, 60, 60)), **POSITIONS},
+    "segments": lambda: {"mask": jattn.masks.segment_mask(*SEGMENTS)},
+    "function": lambda: {"mask": jattn.masks.mask_mod(near, NEAR), "bias": draw(1, 1, T, S, seed=3)},
+    "sigmoid": lambda: {"mask": jattn.masks.prefix(np.array([5, 20])), "normalizer": jattn.normalizers.sigmoid()},
+}
+SIZES = {"query_slots": T, "key_slots": S, "query_block": 16, "key_block": 16}
+LAYOUTS = {
+    "selection": lambda: from_token_selection(
+        random(B, K, T, 4, share=0.4, seed=4), 1, 8, jattn.masks.causal(), num_heads=N, **SIZES
+    ),
+    "selection of groups": lambda: from_token_selection(random(1, 1, 10, 29, share=0.3, seed=5), 4, 1, **SIZES),
+    "selection and window": lambda: from_token_selection(
+        random(B, N, T, 4, share=0.3), 1, 8, include=jattn.masks.local_window(3, 0), **SIZES
+    ),
+    "bits": lambda: from_mask_mod(
+        tile_bits(jattn.masks.dense(random(B, N, T, S)), B, N, T, S, 16, 16), B, N, T, S, 16, 16
+    ),
+    "prefix": lambda: from_mask_mod(jattn.masks.prefix(np.array([5, 20])), B, 1, T, S, 16, 16),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_that_hold_arrays(name):
+    compare(MASKS[name]())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_whose_predicate_holds_arrays(name):
+    compare({"layout": LAYOUTS[name]()})
+
+
+def test_a_single_query():
+    arrays = {n: x[:, :1] if n == "query" else x for n, x in inputs().items()}
+    for mask in (
+        jattn.masks.prefix(np.array([5, 20])),
+        jattn.masks.dense(random(B, N, 1, S)),
+        jattn.masks.mask_mod(near, NEAR),
+    ):
+        found, expected = (
+            jattn.dot_product_attention(**arrays, mask=mask, implementation=name) for name in ("triton", "reference")
+        )
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def of_the_whole(b, h, i, j, aux):
+    return j < (aux + 1)[b]
+
+
+def by_identity(b, h, i, j, aux):
+    return (j == aux) | (j >= i)
+
+
+def of_a_part(b, h, i, j, aux):
+    return j < aux[: T // 2].sum()
+
+
+@pytest.mark.parametrize("function", [of_the_whole, by_identity, of_a_part])
+def test_masks_that_do_more_than_reading_name_who_takes_them(function):
+    mask = jattn.masks.mask_mod(function, np.array([5, 20]))
+    with pytest.raises(NotImplementedError, match="more with its arrays than reading entries .*'blockwise' does"):
+        jattn.dot_product_attention(**inputs(), mask=mask, implementation="triton")
