@@ -11,7 +11,14 @@ import jax.numpy as jnp
 
 from jattn.softmax import platforms
 from jattn.softmax.blockwise import schedule
-from jattn.softmax.kernel_arguments import gather_reason, make_inputs, make_pipeline, make_tiling
+from jattn.softmax.kernel_arguments import (
+    from_slots,
+    gather_reason,
+    gathers_pairs,
+    make_inputs,
+    make_pipeline,
+    make_tiling,
+)
 from jattn.softmax.masks import DEAD
 from jattn.softmax.normalizers import Pointwise, Softmax
 from jattn.softmax.problem import Problem
@@ -57,8 +64,6 @@ def _layout_reason(problem: Problem) -> str:
     layout = problem.layout
     if layout is None:
         return ""
-    if layout.query_perm is not None or layout.key_perm is not None:
-        return "a block layout that permutes tokens"
     try:
         for backward in (False, True):
             _sizes(problem, {"query": problem.query, "value": problem.value}, backward)
@@ -139,11 +144,18 @@ def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: 
     query, key, value, inputs = backward_kernel.backward(
         **_arguments(problem, sources), lists=tiling.rows, sizes=sizes, given=given, wanted=wanted
     )
-    found: dict[str, Any] = {"query": query, "key": key, "value": value, "bias": inputs.get("bias")}
-    found["operands"] = {name: inputs[f"operand {name}"] for name in like.get("operands", {})}
+    found: dict[str, Any] = {"query": query, "key": key, "value": value}
+    if "bias" in like:
+        found["bias"] = from_slots(problem, sources["bias"], inputs["bias"])
+    if "operands" in like:
+        found["operands"] = {
+            name: from_slots(problem, sources["operands"][name], inputs[f"operand {name}"]) for name in like["operands"]
+        }
     return jax.tree.map(lambda x, y: x.astype(y.dtype), {n: found[n] for n in like}, like)
 
 
-def pulls(like: dict[str, Any]) -> bool:
+def pulls(problem: Problem, like: dict[str, Any]) -> bool:
     """Whether the kernel has all of these gradients: it has none of offset tables, nor of what rows carry."""
-    return "rows" not in like and all(x.ndim != 3 for x in like.get("operands", {}).values())
+    operands = like.get("operands", {}).values()
+    pairs = gathers_pairs(problem, (like.get("bias"), *operands))
+    return "rows" not in like and not pairs and all(x.ndim != 3 for x in operands)

@@ -1,11 +1,12 @@
 """Masks and layouts that hold arrays, through the Triton kernel in the interpreter, against the float64 truth."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jattn
-from jattn.softmax.compilers import from_mask_mod, from_token_selection, tile_bits
+from jattn.softmax.compilers import from_block_mask, from_mask_mod, from_token_selection, tile_bits
 from tests.softmax.test_triton import POSITIONS, SEGMENTS, B, K, N, S, T, compare, draw, inputs
 
 
@@ -71,6 +72,66 @@ def test_a_single_query():
             jattn.dot_product_attention(**arrays, mask=mask, implementation=name) for name in ("triton", "reference")
         )
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def perm(length, slots, *lead, seed=0):
+    """Tokens in random slots, `[*lead, slots]`; the slots that are left over are empty."""
+    draws = np.random.default_rng(seed)
+    tokens = np.concatenate([np.arange(length), np.full(slots - length, -1)])
+    return draws.permuted(np.broadcast_to(tokens, (*lead, slots)), axis=-1).astype(np.int32)
+
+
+def permuted(query_perm, key_perm, predicate=None):
+    slots = [n if p is None else p.shape[2] for n, p in ((T, query_perm), (S, key_perm))]
+    tiles = [-(-n // 16) for n in slots]
+    return from_block_mask(
+        random(B, K, *tiles, share=0.7, seed=6),
+        predicate,
+        query_slots=slots[0],
+        key_slots=slots[1],
+        query_block=16,
+        key_block=16,
+        query_perm=query_perm,
+        key_perm=key_perm,
+    )
+
+
+def of_rows_and_columns(logit, b, h, i, j, at_query, at_key, table):
+    return logit * (1 + at_query) + at_key + table
+
+
+ROWS_AND_COLUMNS = jattn.ScoreMod(
+    of_rows_and_columns,
+    {
+        "at_query": jattn.Operand(0.1 * draw(T, seed=1), "query"),
+        "at_key": jattn.Operand(draw(B, 1, S, seed=2), "key"),
+        "table": jattn.Operand(draw(N, seed=3), "head"),
+    },
+)
+PERMS = {
+    "both": (perm(T, 41, B, N), perm(S, 32, B, K, seed=1)),
+    "queries": (perm(T, 48, 1, 1), None),
+    "keys of query heads": (None, perm(S, S, 1, N)),
+}
+OF_PERMUTED = {
+    "plain": {},
+    "masks": {"is_causal": True, "segment_ids": SEGMENTS, "mask": random(B, 1, T, S)},
+    "positions": {"mask": jattn.masks.prefix(np.array([9, 40])) | jattn.masks.causal(), **POSITIONS},
+    "operands": {"score_mod": ROWS_AND_COLUMNS, "bias": draw(1, N, 1, S, seed=4)},
+    "pair bias": {"bias": draw(1, 1, T, S, seed=5)},
+    "dropout": {"dropout_rate": 0.3, "dropout_key": jax.random.key(2)},
+}
+
+
+@pytest.mark.parametrize("perms", PERMS)
+@pytest.mark.parametrize("name", OF_PERMUTED)
+def test_layouts_that_permute_tokens(name, perms):
+    compare({"layout": permuted(*PERMS[perms]), **OF_PERMUTED[name]})
+
+
+def test_predicates_of_permuted_layouts_see_slots_and_positions():
+    for predicate in (LAYOUTS["selection"]().predicate, jattn.masks.prefix_lm_mask(np.array([5, 20]))):
+        compare({"layout": permuted(*PERMS["both"], predicate)})
 
 
 def of_the_whole(b, h, i, j, aux):
