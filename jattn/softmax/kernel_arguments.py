@@ -51,7 +51,7 @@ def make_inputs(problem: Problem, sources: dict[str, Any]) -> dict[str, TileInpu
         full = full[:, heads] if full.shape[1] != 1 else full
         inputs["layout full"] = TileInput(jnp.asarray(full, jnp.int32), by_tile=True)
     for n, leaf in enumerate(jax.tree.leaves(_masks(problem))):
-        array = jnp.asarray(leaf, jnp.int8 if jnp.result_type(leaf) == bool else None)
+        array = jnp.asarray(leaf, jnp.int8 if _boolean(leaf) else None)
         scalar = array.ndim == 0
         inputs[f"held {n}"] = TileInput(array.reshape(1, 1, 1, 1) if scalar else array, gathered=not scalar)
     return inputs
@@ -87,7 +87,9 @@ def _moved(array: Any, tokens: tuple[Any, Any]) -> Any:
 
 
 def from_slots(problem: Problem, array: Any, cotangent: Any) -> Any:
-    """The cotangent of `[B|1, N|1, T|1, S|1]` from that of the `TileInput` which `make_inputs` has made of it."""
+    """The cotangent of a bias or operand from that of the `TileInput` which `make_inputs` has made of it."""
+    if array.ndim == 3:
+        return cotangent[:, :, 0]
     tokens = slot_tokens(problem)
     return jax.vjp(lambda x: _moved(x, tokens), array)[1](cotangent)[0]
 
@@ -103,11 +105,14 @@ def _masks_in_kernel(problem: Problem, tiles: Mapping[str, Any]) -> tuple[Mask |
     return tree.unflatten([_entries(leaf, tiles[f"held {n}"]) for n, leaf in enumerate(leaves)])
 
 
+def _boolean(leaf: Any) -> bool:
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.bool_)
+
+
 def _entries(leaf: Any, held: Any) -> Any:
-    boolean = jnp.result_type(leaf) == bool
     if jnp.ndim(leaf) == 0:
-        return held != 0 if boolean else held
-    return Entries(jnp.shape(leaf), jnp.result_type(leaf), (lambda *i: held(*i) != 0) if boolean else held)
+        return held != 0 if _boolean(leaf) else held
+    return Entries(jnp.shape(leaf), jnp.result_type(leaf), (lambda *i: held(*i) != 0) if _boolean(leaf) else held)
 
 
 def gathers(problem: Problem) -> bool:

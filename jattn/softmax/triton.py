@@ -21,7 +21,7 @@ from jattn.softmax.kernel_arguments import (
 )
 from jattn.softmax.masks import DEAD
 from jattn.softmax.normalizers import Pointwise, Softmax
-from jattn.softmax.problem import Problem
+from jattn.softmax.problem import Problem, slot_tokens
 from pallas_kernels.flash_attention import sizes as tile_sizes
 from pallas_kernels.flash_attention import triton as kernel
 from pallas_kernels.flash_attention import triton_backward as backward_kernel
@@ -44,9 +44,7 @@ def unsupported(problem: Problem) -> str:
         reason = "float64 outside of the interpreter"
     elif max(widths) > MAX_HEAD_DIM:
         reason = f"head dims {widths[0]} and {widths[1]}; its tiles reach to {MAX_HEAD_DIM}"
-    elif found := _layout_reason(problem):
-        reason = found
-    elif found := gather_reason(problem):
+    elif (found := _layout_reason(problem)) or (found := gather_reason(problem)):
         reason = found
     elif not isinstance(problem.normalizer, Softmax | Pointwise):
         reason = f"the normalizer {type(problem.normalizer).__name__}, which needs two passes"
@@ -55,9 +53,8 @@ def unsupported(problem: Problem) -> str:
 
 def remark(problem: Problem) -> str:
     """What does not go through the kernel although the problem does, to be put behind a reason."""
-    if any(x.ndim == 3 for x in problem.operands.values()):
-        return "; with an offset table among the operands the backward pass is that of 'blockwise'"
-    return ""
+    found = _not_pulled(problem, problem.bias, problem.operands)
+    return found and f"; with {found} the backward pass is that of 'blockwise'"
 
 
 def _layout_reason(problem: Problem) -> str:
@@ -155,7 +152,15 @@ def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: 
 
 
 def pulls(problem: Problem, like: dict[str, Any]) -> bool:
-    """Whether the kernel has all of these gradients: it has none of offset tables, nor of what rows carry."""
-    operands = like.get("operands", {}).values()
-    pairs = gathers_pairs(problem, (like.get("bias"), *operands))
-    return "rows" not in like and not pairs and all(x.ndim != 3 for x in operands)
+    """Whether the kernel has all of these gradients; it has none of what rows carry."""
+    return "rows" not in like and not _not_pulled(problem, like.get("bias"), like.get("operands", {}))
+
+
+def _not_pulled(problem: Problem, bias: Any, operands: dict[str, Any]) -> str:
+    """What among these has no gradient in the kernel, for a message; empty if everything has."""
+    moved = any(x is not None for x in (problem.query_positions, problem.key_positions, *slot_tokens(problem)))
+    if moved and any(x.ndim == 3 for x in operands.values()):
+        return "an offset table, and positions or a layout that permutes tokens,"
+    if gathers_pairs(problem, (bias, *operands.values())):
+        return "a bias or operand of pairs, and a layout that permutes tokens,"
+    return ""

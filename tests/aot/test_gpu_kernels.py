@@ -9,7 +9,7 @@ import pytest
 
 import jattn
 import jattn.aot
-from jattn.softmax.compilers import from_mask_mod, from_token_selection, tile_bits
+from jattn.softmax.compilers import from_block_mask, from_mask_mod, from_token_selection, tile_bits
 
 pytestmark = [
     pytest.mark.aot,
@@ -60,6 +60,29 @@ def bits():
     return {"layout": from_mask_mod(tile_bits(odd, 1, 1, T, S, 64, 64), 1, 1, T, S, 64, 64)}
 
 
+def permuted(bias):
+    draws = np.random.default_rng(0)
+    perms = [draws.permutation(np.r_[:n, np.full(1024 - n, -1)])[None, None].astype(np.int32) for n in (T, S)]
+    layout = from_block_mask(
+        draws.random((1, K, 16, 16)) < 0.5,
+        query_slots=1024,
+        key_slots=1024,
+        query_block=64,
+        key_block=64,
+        query_perm=perms[0],
+        key_perm=perms[1],
+    )
+    return {"layout": layout, "is_causal": True, "bias": bias, "mask": draws.random((1, N, T, S)) < 0.5}
+
+
+def add_offset(logit, b, h, i, j, table):
+    return logit + table
+
+
+def of_offsets(table):
+    return {"score_mod": jattn.ScoreMod(add_offset, {"table": jattn.Operand(table, "offset")}), "is_causal": True}
+
+
 # Name -> (shapes of what is differentiated besides, arguments from it).
 FEATURES = {
     "causal": ((), lambda: {"is_causal": True}),
@@ -79,6 +102,7 @@ FEATURES = {
         (shape(N), shape(N, T), shape(1, S), shape(1, T, S), shape(N, 64)),
         lambda *arrays: {"score_mod": mod(*arrays)},
     ),
+    "offset table": ((shape(1, 255),), of_offsets),
     "sigmoid": ((), lambda: {"normalizer": jattn.normalizers.sigmoid()}),
     "block layout": (
         (),
@@ -88,6 +112,7 @@ FEATURES = {
     "mask with arrays": ((), held_by_a_mask),
     "token selection": ((), selection),
     "tile bits": ((), bits),
+    "permuted layout": ((shape(1, N, 1, S),), permuted),
     "dropout": ((), lambda: {"dropout_rate": 0.1, "dropout_key": jax.random.key(0), "is_causal": True}),
 }
 
@@ -112,6 +137,11 @@ def check(target, dtype, dims, feature):
 @pytest.mark.parametrize("dims", HEAD_DIMS, ids=str)
 def test_every_dtype_and_head_dim(target, dtype, dims):
     check(target, dtype, dims, "causal")
+
+
+@pytest.mark.parametrize("target", GPUS)
+def test_offset_tables_in_the_oblong_tiles_of_float32(target):
+    check(target, "float32", (64, 64), "offset table")
 
 
 @pytest.mark.parametrize("target", GPUS)

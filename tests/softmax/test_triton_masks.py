@@ -134,6 +134,48 @@ def test_predicates_of_permuted_layouts_see_slots_and_positions():
         compare({"layout": permuted(*PERMS["both"], predicate)})
 
 
+def add_both(logit, b, h, i, j, one, other):
+    return logit * (1 + one) + other
+
+
+def tables(one, other, centers=(None, None)):
+    return jattn.ScoreMod(
+        add_both,
+        {
+            "one": jattn.Operand(0.1 * draw(*one, seed=1), "offset", centers[0]),
+            "other": jattn.Operand(draw(*other, seed=2), "offset", centers[1]),
+        },
+    )
+
+
+TABLES = {
+    "clipped": {"score_mod": tables((N, 9), (B, 1, 15), (None, 2))},
+    "wider than all offsets": {"score_mod": tables((150,), (N, 90), (110, 3)), "is_causal": True},
+    "of one entry, and out of reach": {"score_mod": tables((N, 1), (B, N, 7), (None, 100))},
+    "dead tiles": {"score_mod": tables((11,), (N, 40)), "segment_ids": SEGMENTS},
+    "sigmoid": {"score_mod": tables((11,), (N, 40)), "normalizer": jattn.normalizers.sigmoid()},
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_gradients_of_offset_tables(name):
+    compare(TABLES[name])
+
+
+@pytest.mark.parametrize("blocks", [(16, 64), (64, 16)], ids=str)
+def test_gradients_of_offset_tables_in_oblong_tiles(blocks):
+    sizes = {"query_slots": T, "key_slots": S, "query_block": blocks[0], "key_block": blocks[1]}
+    tiles = [-(-n // block) for n, block in zip((T, S), blocks, strict=True)]
+    layout = from_block_mask(random(1, N, *tiles, share=0.8), **sizes)
+    compare({"score_mod": tables((11,), (B, N, 70)), "layout": layout})
+
+
+def test_gradients_of_offset_tables_where_offsets_are_irregular():
+    score_mod = tables((11,), (N, 40))
+    compare({"score_mod": score_mod, **POSITIONS})
+    compare({"score_mod": score_mod, "layout": permuted(*PERMS["both"])})
+
+
 def of_the_whole(b, h, i, j, aux):
     return j < (aux + 1)[b]
 
