@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar, dataclass_transform
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["DEAD", "FULL", "PARTIAL", "Mask", "array_module", "register_mask", "static_field"]
+__all__ = [
+    "DEAD",
+    "FULL",
+    "PARTIAL",
+    "Entries",
+    "Mask",
+    "array_module",
+    "readable",
+    "register_mask",
+    "static_field",
+]
 
 DEAD, PARTIAL, FULL = 0, 1, 2
 
@@ -19,6 +30,53 @@ _Class = TypeVar("_Class")
 def array_module(*arrays: Any) -> Any:
     """Numpy for host values, jax.numpy as soon as one of them is a jax array, so that static masks stay static."""
     return jnp if any(isinstance(a, jax.Array) for a in arrays) else np
+
+
+class Entries:
+    """Stands for an array of a mask where only single entries can be read, as inside a kernel.
+
+    It is indexed with one integer or integer array an axis; negative indices count from the end, others beyond it are
+    moved to it, as in jax.numpy. Everything else that can be done with an array raises.
+
+    Args:
+      shape: of the array.
+      dtype: of the array.
+      read: `read(*index) -> entries`, given non-negative int32 indices that broadcast against each other.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> table = jnp.array([3, 4, 5])
+      >>> Entries(table.shape, table.dtype, lambda i: table[i])[jnp.array([-1, 0])].tolist()
+      [5, 3]
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, read: Callable[..., Any]):
+        self.shape, self.dtype, self.ndim, self._read = shape, dtype, len(shape), read
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        index = index if isinstance(index, tuple) else (index,)
+        whole = [np.issubdtype(getattr(x, "dtype", type(x)), np.integer) for x in index]
+        if len(index) != self.ndim or not all(whole):
+            raise TypeError(f"it reads {index} of an array of rank {self.ndim}, not one integer an axis")
+        # A typed index: Pallas knows what to do with a traced zero, and not with a plain one.
+        places = [jnp.asarray(x, jnp.int32) for x in index]
+        moved = [jnp.where(x < 0, x + size, x) for x, size in zip(places, self.shape, strict=True)]
+        return self._read(*(jnp.clip(x, 0, size - 1) for x, size in zip(moved, self.shape, strict=True)))
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("it does something else with an array than reading entries")
+
+    # What would be answered wrongly, by identity or entry by entry, instead of not at all.
+    __eq__ = __ne__ = __bool__ = __iter__ = __array__ = _refuse
+    __hash__ = object.__hash__
+
+
+def readable(array: Any, *places: Any) -> Any:
+    """The array as one that can be indexed at `places`: numpy's only if these are numpy's, too."""
+    return array if isinstance(array, Entries) else array_module(array, *places).asarray(array)
 
 
 def static_field() -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jattn.softmax.mask_type import DEAD, FULL, PARTIAL, Mask, array_module, register_mask, static_field
+from jattn.softmax.mask_type import DEAD, FULL, PARTIAL, Mask, array_module, readable, register_mask, static_field
 
 __all__ = [
     "DEAD",
@@ -40,7 +40,7 @@ def _verdict(dead, full):
 def _read(array, *index):
     """The entries at `index`, entry 0 on axes of length 1; a numpy array may be read at traced places, too."""
     places = tuple(0 if n == 1 else x for n, x in zip(array.shape, index, strict=True))
-    return array_module(array, *places).asarray(array)[places]
+    return readable(array, *places)[places]
 
 
 def _check_lead(what: str, shape, **expected: int) -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.softmax.masks import Mask
+from jattn.softmax.mask_type import Mask, readable
 
 __all__ = ["TileBits", "TokenSelection", "head_entry", "pack_bits", "token_selection", "unpack_bits"]
 
@@ -123,7 +123,7 @@ class TokenSelection(Mask):
     def at(self, b: Any, h: Any, i: Any, j: Any, query_slot: Any, key_slot: Any) -> Any:
         """Visibility by slot."""
         xp = _module_of(self.bits, b, h, query_slot, key_slot)
-        bits = xp.asarray(self.bits)
+        bits = readable(self.bits, b, h, query_slot, key_slot)
         rows, heads, groups, words = bits.shape
         # Slots of a tile may run past the end; whoever masks the padding hides what is read there.
         group = xp.minimum(query_slot // self.sel_q, groups - 1)
@@ -203,8 +203,9 @@ class TileBits(Mask):
 
     def at(self, b: Any, h: Any, i: Any, j: Any, query_slot: Any, key_slot: Any) -> Any:
         """Visibility by slot."""
-        xp = _module_of(self.table, self.tile_id, b, h, query_slot, key_slot)
-        table, tile_id = xp.asarray(self.table), xp.asarray(self.tile_id)
+        arrays = (self.table, self.tile_id, b, h, query_slot, key_slot)
+        xp = _module_of(*arrays)
+        table, tile_id = (readable(x, *arrays) for x in (self.table, self.tile_id))
         rows, heads, query_tiles, key_tiles = tile_id.shape
         tile = tile_id[
             _batch_entry(b, rows),

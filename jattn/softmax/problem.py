@@ -12,6 +12,7 @@ import numpy as np
 from jattn.softmax.dropout import keep_pairs
 from jattn.softmax.masks import Mask
 from jattn.softmax.normalizers import Normalizer
+from jattn.softmax.predicates import head_entry
 from jattn.softmax.score_mods import ScoreMod
 
 
@@ -76,6 +77,18 @@ def drop_pairs(problem: Problem, weights, b, h, row, column):
 def offset_tile(table, center: int, i, j):
     """Read an offset table (offsets on the last axis) at key position - query position + center, clipped."""
     return jnp.take(table, jnp.clip(j - i + center, 0, table.shape[-1] - 1), axis=-1)
+
+
+def slot_tokens(problem: Problem) -> tuple[Any, Any]:
+    """Token of every slot of queries and of keys, `[B|1, N|1, slots]`, -1 if empty; None where slots are tokens."""
+    layout, num_heads = problem.layout, problem.sizes[3]
+    perms = (None, None) if layout is None else (layout.query_perm, layout.key_perm)
+    return tuple(
+        perm
+        if perm is None or perm.shape[1] == 1
+        else perm[:, head_entry(np.arange(num_heads), num_heads, perm.shape[1])]
+        for perm in perms
+    )  # type: ignore[return-value]
 
 
 def positions(problem: Problem):

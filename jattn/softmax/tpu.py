@@ -142,7 +142,7 @@ def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: 
     sizes = _sizes(problem, sources, True)
     given, wanted = make_backward(sources, cotangents, _code(problem, sizes), like)
     found = backward_kernel.backward(**_arguments(problem, sources), sizes=sizes, given=given, wanted=wanted)
-    return named_cotangents(*found, like)
+    return named_cotangents(problem, sources, found, like)
 
 
 def pulls(like: dict[str, Any]) -> bool:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jattn.softmax import platforms
 from jattn.softmax.blockwise import schedule
 from jattn.softmax.kernel_arguments import (
+    gather_reason,
+    gathers_pairs,
     make_backward,
     make_inputs,
     make_pipeline,
@@ -20,7 +22,7 @@ from jattn.softmax.kernel_arguments import (
 )
 from jattn.softmax.masks import DEAD
 from jattn.softmax.normalizers import Pointwise, Softmax
-from jattn.softmax.problem import Problem
+from jattn.softmax.problem import Problem, slot_tokens
 from pallas_kernels.flash_attention import sizes as tile_sizes
 from pallas_kernels.flash_attention import triton as kernel
 from pallas_kernels.flash_attention import triton_backward as backward_kernel
@@ -43,10 +45,8 @@ def unsupported(problem: Problem) -> str:
         reason = "float64 outside of the interpreter"
     elif max(widths) > MAX_HEAD_DIM:
         reason = f"head dims {widths[0]} and {widths[1]}; its tiles reach to {MAX_HEAD_DIM}"
-    elif found := _layout_reason(problem):
+    elif (found := _layout_reason(problem)) or (found := gather_reason(problem)):
         reason = found
-    elif jax.tree.leaves(problem.mask):
-        reason = "a mask that holds arrays (one that is a function of positions alone, or a boolean array, it takes)"
     elif not isinstance(problem.normalizer, Softmax | Pointwise):
         reason = f"the normalizer {type(problem.normalizer).__name__}, which needs two passes"
     return reason and f"it does not take {reason}; 'blockwise' does"
@@ -54,19 +54,14 @@ def unsupported(problem: Problem) -> str:
 
 def remark(problem: Problem) -> str:
     """What does not go through the kernel although the problem does, to be put behind a reason."""
-    if any(x.ndim == 3 for x in problem.operands.values()):
-        return "; with an offset table among the operands the backward pass is that of 'blockwise'"
-    return ""
+    found = _not_pulled(problem, problem.bias, problem.operands)
+    return found and f"; with {found} the backward pass is that of 'blockwise'"
 
 
 def _layout_reason(problem: Problem) -> str:
     layout = problem.layout
     if layout is None:
         return ""
-    if layout.query_perm is not None or layout.key_perm is not None:
-        return "a block layout that permutes tokens"
-    if jax.tree.leaves(layout.predicate):
-        return "a block layout whose predicate holds arrays"
     try:
         for backward in (False, True):
             _sizes(problem, {"query": problem.query, "value": problem.value}, backward)
@@ -78,8 +73,7 @@ def _layout_reason(problem: Problem) -> str:
 def _sizes(problem: Problem, sources: dict[str, Any], backward: bool) -> tile_sizes.TileSizes:
     query, value = sources["query"], sources["value"]
     widths = (query.shape[-1], value.shape[-1], query.dtype.itemsize)
-    platform = platforms.current()
-    capability = platform.capability or "9.0"
+    capability = platforms.current().capability or "9.0"
     if problem.layout is not None:
         blocks = (problem.layout.query_block, problem.layout.key_block)
         warps = 8 if blocks[0] * blocks[1] > 64 * 64 else 4
@@ -94,7 +88,7 @@ def _sizes(problem: Problem, sources: dict[str, Any], backward: bool) -> tile_si
         sizes = tile_sizes.TileSizes(*problem.block_sizes)
         tile_sizes.check(sizes, *widths, backward, capability)
         return sizes
-    return tile_sizes.choose(*widths, backward, capability, platform.kind)
+    return tile_sizes.choose(*widths, backward, capability)
 
 
 def interpreted() -> bool:
@@ -138,12 +132,21 @@ def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: 
     tiling = make_tiling(problem, sizes.block_q, sizes.block_k)
     given, wanted = make_backward(sources, cotangents, jnp.asarray(tiling.code, jnp.int32), like)
     given = dataclasses.replace(given, columns=tiling.columns)
-    query, key, value, inputs = backward_kernel.backward(
-        **_arguments(problem, sources), lists=tiling.rows, sizes=sizes, given=given, wanted=wanted
-    )
-    return named_cotangents(query, key, value, inputs, like)
+    arguments = _arguments(problem, sources)
+    found = backward_kernel.backward(**arguments, lists=tiling.rows, sizes=sizes, given=given, wanted=wanted)
+    return named_cotangents(problem, sources, found, like)
 
 
-def pulls(like: dict[str, Any]) -> bool:
-    """Whether the kernel has all of these gradients: it has none of offset tables, nor of what rows carry."""
-    return "rows" not in like and all(x.ndim != 3 for x in like.get("operands", {}).values())
+def pulls(problem: Problem, like: dict[str, Any]) -> bool:
+    """Whether the kernel has all of these gradients; it has none of what rows carry."""
+    return "rows" not in like and not _not_pulled(problem, like.get("bias"), like.get("operands", {}))
+
+
+def _not_pulled(problem: Problem, bias: Any, operands: dict[str, Any]) -> str:
+    """What among these has no gradient in the kernel, for a message; empty if everything has."""
+    moved = any(x is not None for x in (problem.query_positions, problem.key_positions, *slot_tokens(problem)))
+    if moved and any(x.ndim == 3 for x in operands.values()):
+        return "an offset table, and positions or a layout that permutes tokens,"
+    if gathers_pairs(problem, (bias, *operands.values())):
+        return "a bias or operand of pairs, and a layout that permutes tokens,"
+    return ""

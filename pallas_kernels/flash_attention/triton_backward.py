@@ -16,53 +16,18 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.flash_attention.pipeline import Backward, Pipeline, TileInput, TileLists, summed_like
 from pallas_kernels.flash_attention.sizes import TileSizes, padded
+from pallas_kernels.flash_attention.triton_offsets import offset_table
+from pallas_kernels.flash_attention.triton_pull import row_side, tile_pull
 from pallas_kernels.flash_attention.triton_tiles import (
     Static,
     all_specs,
     call_kernel,
     dot,
-    load_numbers,
-    load_rows,
-    load_tiles,
-    make_place,
     make_static,
     real_axes,
-    visible_pairs,
     visit,
     whole_spec,
-    without_unseen,
 )
-
-
-def _row_side(static: Static, refs, lead, h, i):
-    """Queries, output cotangents, lse and total cotangents of a tile of rows."""
-    query_ref, output_ref, lse_ref, total_ref = refs
-    sizes, (_, length, _, _, _, head_dim, value_dim) = static.sizes, static.shape
-    start = i * sizes.block_q
-    query = load_rows(query_ref, lead, h, start, sizes.block_q, length, head_dim)
-    output = load_rows(output_ref, lead, h, start, sizes.block_q, length, value_dim)
-    lse, total = (load_numbers(ref, lead, h, start, sizes.block_q, length)[:, None] for ref in (lse_ref, total_ref))
-    return query, output, lse, total
-
-
-def _tile_pull(static: Static, key_refs, input_refs, lead, side, place_of, partial: bool, wanted: Sequence[str]):
-    """One tile of the backward pass: rows, keys, weights, and the cotangents of products and wanted inputs."""
-    sizes, (_, _, source, _, _, head_dim, value_dim) = static.sizes, static.shape
-    query, output, lse, total = side
-    b, h, i, j = place_of
-    place, starts = make_place(static, b, h, i, j)
-    tiles = load_tiles(static, input_refs, lead, place, starts)
-    visible = visible_pairs(static, place, tiles) if partial else None
-    key = load_rows(key_refs[0], lead, h // static.group, starts[1], sizes.block_k, source, head_dim)
-    value = load_rows(key_refs[1], lead, h // static.group, starts[1], sizes.block_k, source, value_dim)
-    key, value = without_unseen(static, visible, 0, key, value)
-    query, output, total = without_unseen(static, visible, 1, query, output, total)
-    products = dot(static, query, key, trans_b=True) * static.scale
-    weighted_ct = dot(static, output, value, trans_b=True)
-    lse = lse if static.pipeline.phi is None else None
-    cotangents = (weighted_ct, total)
-    weights, products_ct, inputs_ct = static.pipeline.pull(products, visible, place, tiles, lse, cotangents, wanted)
-    return query, output, key, weights, products_ct, inputs_ct
 
 
 def _query_kernel(static: Static, wanted: Sequence[str], *refs):
@@ -72,14 +37,14 @@ def _query_kernel(static: Static, wanted: Sequence[str], *refs):
     input_refs, (output_ref, lse_ref, total_ref), outs = rest[:count], rest[count : count + 3], rest[count + 3 :]
     sizes, (_, length, _, _, _, head_dim, _) = static.sizes, static.shape
     i, h, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    side = _row_side(static, (query_ref, output_ref, lse_ref, total_ref), (), h, i)
+    side = row_side(static, (query_ref, output_ref, lse_ref, total_ref), (), h, i)
     state = (
         jnp.zeros((sizes.block_q, outs[0].shape[-1]), static.dtype),
         {name: jnp.zeros((sizes.block_q,), static.dtype) for name in wanted},
     )
 
     def tile(j, partial, state):
-        done = _tile_pull(static, (key_ref, value_ref), input_refs, (), side, (b, h, i, j), partial, wanted)
+        done = tile_pull(static, (key_ref, value_ref), input_refs, (), side, (b, h, i, j), partial, wanted)
         _, _, key, _, products_ct, inputs_ct = done
         sums = {name: state[1][name] + inputs_ct[name].reshape(-1).astype(static.dtype) for name in wanted}
         return state[0] + dot(static, products_ct.astype(key.dtype), key), sums
@@ -105,8 +70,8 @@ def _key_kernel(static: Static, wanted: Sequence[str], *refs):
         h = kv_head * static.group + g
 
         def tile(i, partial, state):
-            side = _row_side(static, (query_ref, output_ref, lse_ref, total_ref), (), h, i)
-            done = _tile_pull(static, (key_ref, value_ref), input_refs, (), side, (b, h, i, j), partial, wanted)
+            side = row_side(static, (query_ref, output_ref, lse_ref, total_ref), (), h, i)
+            done = tile_pull(static, (key_ref, value_ref), input_refs, (), side, (b, h, i, j), partial, wanted)
             query, output, _, weights, products_ct, inputs_ct = done
             key_ct, value_ct, sums = state
             key_ct = key_ct + dot(static, products_ct.astype(query.dtype), query, trans_a=True)
@@ -139,11 +104,11 @@ def _pair_kernel(static: Static, name: str, reads: tuple[bool, bool], *refs):
     def one(m, total):
         b, h = (first_b + m // heads if not reads[0] else first_b), (m % heads if not reads[1] else first_h)
         code = code_ref[b if code_ref.shape[0] != 1 else 0, h if code_ref.shape[1] != 1 else 0, i, j]
-        side = _row_side(static, (query_ref, output_ref, lse_ref, total_ref), (b,), h, i)
+        side = row_side(static, (query_ref, output_ref, lse_ref, total_ref), (b,), h, i)
         keys, tile = (key_ref, value_ref), (b, h, i, j)
 
         def visit(_, total):
-            *_, inputs_ct = _tile_pull(static, keys, input_refs, (b,), side, tile, True, (name,))
+            *_, inputs_ct = tile_pull(static, keys, input_refs, (b,), side, tile, True, (name,))
             return total + inputs_ct[name].astype(static.dtype)
 
         return jax.lax.fori_loop(0, jnp.where(code > 0, 1, 0), visit, total)
@@ -190,19 +155,20 @@ def backward(
         dQ, dK, dV, and a dictionary of the wanted cotangents.
 
     Raises:
-        NotImplementedError: a table of offsets is wanted.
+        NotImplementedError: a table of offsets is wanted, and positions are given, which make offsets irregular.
     """
     tables = [name for name in wanted if inputs[name].center is not None]
-    if tables:
-        raise NotImplementedError(f"the Triton kernel has no gradient of offset tables ({', '.join(tables)})")
+    if tables and {"query_positions", "key_positions"} & set(inputs):
+        raise NotImplementedError(f"gradients of offset tables at given positions ({', '.join(tables)})")
     static = make_static(pipeline, sizes, query, key, value, scale, precision, inputs, lists)
     batch, length, source, num_heads, kv_heads, head_dim, value_dim = static.shape
     arrays, specs = all_specs(query, key, value, lists, inputs)
     more = [given.output, given.lse, given.total]
     more_specs = [whole_spec(given.output, padded(value_dim)), whole_spec(given.lse), whole_spec(given.total)]
-    of_columns = [n for n in wanted if inputs[n].reads[3] and not inputs[n].reads[2]]
-    of_pairs = [n for n in wanted if inputs[n].reads[3] and inputs[n].reads[2]]
-    of_rows = [n for n in wanted if not inputs[n].reads[3]]
+    others = [n for n in wanted if n not in tables]
+    of_columns = [n for n in others if inputs[n].reads[3] and not inputs[n].reads[2]]
+    of_pairs = [n for n in others if inputs[n].reads[3] and inputs[n].reads[2]]
+    of_rows = [n for n in others if not inputs[n].reads[3]]
     block_q, block_k = sizes.block_q, sizes.block_k
 
     def side(shape, block):
@@ -246,6 +212,10 @@ def backward(
     found |= {n: summed_like(x[:, :, None], inputs[n]) for n, x in zip(of_columns, sums, strict=True)}
     for name in of_pairs:
         found[name] = _pairs(static, name, query, key, value, inputs, given, interpret)
+    for name in tables:
+        reads = [*arrays[:3], given.code, *arrays[7:], *more]
+        read_specs = [*specs[:3], whole_spec(given.code), *specs[7:], *more_specs]
+        found[name] = offset_table(static, name, reads, read_specs, interpret)
     return query_ct, key_ct, value_ct, {n: found[n].astype(inputs[n].array.dtype) for n in wanted}
 
 

@@ -68,8 +68,23 @@ def load_numbers(ref, lead, head, start, block: int, length: int):
     return plgpu.load(part)
 
 
+def gather(given: TileInput, ref):
+    """The function that reads entries of a gathered input."""
+
+    def read(*index):
+        places = [x for x, real in zip(index, given.reads, strict=True) if real]
+        shape = jnp.broadcast_shapes(*(jnp.shape(x) for x in places))
+        # Scalars stay scalars, which cost nothing; Triton wants the others alike.
+        places = [x if jnp.ndim(x) == 0 else jnp.broadcast_to(x, shape) for x in places]
+        return plgpu.load(ref.at[tuple(places)]) if places else ref[...]
+
+    return read
+
+
 def _tile_input(given: TileInput, ref, lead, place: Place, starts, blocks, lengths, tiles):
-    """What a tile reads of an input: `[Bq|1, Bk|1]`, or a scalar."""
+    """What a tile reads of an input: `[Bq|1, Bk|1]`, or a scalar, or a function that reads entries."""
+    if given.gathered:
+        return gather(given, ref)
     of_batch, of_heads, of_rows, of_columns = given.reads
     index: list[Any] = [*(lead if of_batch else ()), *([place.h] if of_heads else [])]
     if given.center is not None:
@@ -187,7 +202,9 @@ def whole_spec(array, width: int | None = None) -> pl.BlockSpec:
 
 
 def input_spec(given: TileInput) -> pl.BlockSpec:
-    """One batch row of an input, without the axes that are one long."""
+    """One batch row of an input, or all of a gathered one, without the axes that are one long."""
+    if given.gathered:
+        return pl.BlockSpec(real_axes(given), lambda *_: (0,) * len(given.reads))
     own = given.reads[0]
     return pl.BlockSpec((None, *real_axes(given)[1:]), lambda i, h, b: (b if own else 0, 0, 0, 0))
 

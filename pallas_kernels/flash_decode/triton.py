@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.flash_attention.pipeline import Pipeline, Place, TileInput
 from pallas_kernels.flash_attention.sizes import padded
-from pallas_kernels.flash_attention.triton_tiles import input_spec, keep_rows, load_rows, whole_spec
+from pallas_kernels.flash_attention.triton_tiles import gather, input_spec, keep_rows, load_rows, whole_spec
 
 PROGRAMS = 264
 """Programs that keep a large GPU busy: two for each of its multiprocessors."""
@@ -56,7 +56,9 @@ def choose_splits(batch: int, kv_heads: int, tiles: int) -> int:
 
 
 def _tile_input(given: TileInput, ref, place: Place, columns: int, tiles: Mapping[str, Any]):
-    """What a tile reads of an input: `[heads|1, Bk|1]`, or a scalar."""
+    """What a tile reads of an input: `[heads|1, Bk|1]`, or a scalar, or a function that reads entries."""
+    if given.gathered:
+        return gather(given, ref)
     _, of_heads, _, of_columns = given.reads
     index = [place.h] if of_heads else []
     if given.center is not None:

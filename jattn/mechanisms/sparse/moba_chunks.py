@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jattn.softmax.masks import Mask
+from jattn.softmax.mask_type import Mask, readable
 
 
 class ChunkOrder(NamedTuple):
@@ -174,7 +174,8 @@ class OwnChunk(Mask):
 
     def at(self, b: Any, h: Any, i: Any, j: Any, query_slot: Any, key_slot: Any) -> Any:
         """Visibility by slot."""
-        query_own, limit, key_own, rank = map(jnp.asarray, (self.query_own, self.limit, self.key_own, self.rank))
+        arrays = (self.query_own, self.limit, self.key_own, self.rank)
+        query_own, limit, key_own, rank = (readable(x, query_slot, key_slot) for x in arrays)
         row = b if query_own.shape[0] > 1 else 0
         # Slots of a tile may run past the end; whoever masks the padding hides what is read there.
         query = row, jnp.minimum(query_slot, query_own.shape[1] - 1)

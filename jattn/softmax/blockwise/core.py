@@ -15,8 +15,7 @@ from jattn.softmax.blockwise.schedule import Schedule, make_schedule
 from jattn.softmax.blockwise.tiles import Slots, View
 from jattn.softmax.masks import DEAD
 from jattn.softmax.normalizers import Normalizer, Reweighted, Softmax
-from jattn.softmax.predicates import head_entry
-from jattn.softmax.problem import Problem
+from jattn.softmax.problem import Problem, slot_tokens
 
 
 @jax.tree_util.register_dataclass
@@ -65,8 +64,8 @@ def _programs(setting: Setting, names) -> Programs:
     def transpose(residuals, cotangents):
         setting, sources = residuals
         like = _named(sources, names)
-        if setting.kernel is not None and setting.kernel.pulls(like):
-            staged = dataclasses.replace(setting.problem, normalizer=setting.stage)
+        staged = dataclasses.replace(setting.problem, normalizer=setting.stage)
+        if setting.kernel is not None and setting.kernel.pulls(staged, like):
             return setting.kernel.pull_back(staged, sources, cotangents, like)
         return loops.pull_back(setting.problem, setting.slots, setting.schedule, setting.phi, sources, cotangents, like)
 
@@ -262,22 +261,13 @@ def _reweighted(setting: Setting, sources, stage: Reweighted):
 
 def _to_slots(problem: Problem, sources):
     """Gather queries, keys and values into the slots of a layout's perms."""
-    query_perm = None if problem.layout is None else problem.layout.query_perm
-    key_perm = None if problem.layout is None else problem.layout.key_perm
+    tokens = slot_tokens(problem)
     batch, length, source, num_heads, kv_heads = problem.sizes
     sources = dict(sources)
-    tokens = [
-        None
-        if perm is None
-        else perm[:, head_entry(jnp.arange(num_heads), num_heads, perm.shape[1])]
-        if perm is not None and perm.shape[1] > 1
-        else perm
-        for perm in (query_perm, key_perm)
-    ]
-    if query_perm is not None:
+    if tokens[0] is not None:
         sources["query"] = _gather(sources["query"], tokens[0])
-    if key_perm is not None:
-        entries = key_perm
+    if tokens[1] is not None:
+        entries = key_perm = problem.layout.key_perm
         if key_perm.shape[1] not in (1, kv_heads):
             sources.update({n: jnp.repeat(sources[n], num_heads // kv_heads, axis=2) for n in ("key", "value")})
             problem = dataclasses.replace(problem, sizes=(batch, length, source, num_heads, num_heads))
