@@ -92,18 +92,25 @@ def _key_kernel(static: Static, wanted: Sequence[str], *refs):
         plgpu.store(out, cotangent.astype(out.dtype), mask=columns[:, None] & lanes[None, :])
 
 
-def _pair_kernel(static: Static, name: str, reads: tuple[bool, bool], *refs):
+def _pair_kernel(static: Static, name: str, reads: tuple[bool, ...], *refs):
     """The cotangent of one input of pairs: a tile of it, summed over the heads and batch rows that share it."""
     query_ref, key_ref, value_ref, code_ref, *rest = refs
     input_refs, (output_ref, lse_ref, total_ref, out) = rest[:-4], rest[-4:]
     sizes, (batch, length, source, num_heads, *_) = static.sizes, static.shape
     i, j, n = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    batches, heads = (1 if reads[0] else batch), (1 if reads[1] else num_heads)
-    # Which batch row and head this program begins with, and how many of each it sums over.
-    first_b, first_h = (n // (num_heads if reads[1] else 1), n % (num_heads if reads[1] else 1))
+
+    def batch_and_head(m):
+        """The m-th batch row and head among those that this program sums over."""
+        if reads == (True, False):
+            return n, m
+        if reads == (False, True):
+            return m, n
+        both = n if reads[0] else m
+        heads = jnp.asarray(num_heads, both.dtype)
+        return jax.lax.div(both, heads), jax.lax.rem(both, heads)
 
     def one(m, total):
-        b, h = (first_b + m // heads if not reads[0] else first_b), (m % heads if not reads[1] else first_h)
+        b, h = batch_and_head(m)
         code = code_ref[b if code_ref.shape[0] != 1 else 0, h if code_ref.shape[1] != 1 else 0, i, j]
         side = row_side(static, (query_ref, output_ref, lse_ref, total_ref), (b,), h, i)
         keys, tile = (key_ref, value_ref), (b, h, i, j)
@@ -112,10 +119,10 @@ def _pair_kernel(static: Static, name: str, reads: tuple[bool, bool], *refs):
             *_, inputs_ct = tile_pull(static, keys, input_refs, (b,), side, tile, True, (name,))
             return total + inputs_ct[name].astype(static.dtype)
 
-        return jax.lax.fori_loop(0, jnp.where(code > 0, 1, 0), visit, total)
+        return jax.lax.fori_loop(0, jnp.minimum(code, 1), visit, total)
 
     total = jnp.zeros((sizes.block_q, sizes.block_k), static.dtype)
-    total = jax.lax.fori_loop(0, batches * heads, one, total)
+    total = jax.lax.fori_loop(0, (1 if reads[0] else batch) * (1 if reads[1] else num_heads), one, total)
     rows = i * sizes.block_q + jnp.arange(sizes.block_q) < length
     columns = j * sizes.block_k + jnp.arange(sizes.block_k) < source
     plgpu.store(out, total, mask=rows[:, None] & columns[None, :])

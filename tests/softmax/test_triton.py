@@ -238,5 +238,7 @@ def test_explain_tells_where_it_runs():
     assert jattn.explain(**inputs()).others["triton"] == "it runs on a gpu, this is a cpu"
     assert jattn.explain(**inputs(), implementation="triton").reason == "asked for"
     found = jattn.explain(**inputs(), **CASES["offset table"], implementation="triton")
+    assert (found.chosen, found.reason) == ("triton", "asked for")
+    found = jattn.explain(**inputs(), **CASES["offset table"], **POSITIONS, implementation="triton")
     assert found.chosen == "triton"
-    assert found.reason.endswith("the backward pass is that of 'blockwise'")
+    assert found.reason.endswith("positions or a layout that permutes tokens, the backward pass is that of 'blockwise'")
