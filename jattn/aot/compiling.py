@@ -78,10 +78,11 @@ def compile_for(function: Callable[..., Any], *arguments: Any, target: str = "h1
 
     started = time.perf_counter()
     try:
+        platform = "cuda" if found.platform == "gpu" else found.platform
+        # Backward passes are traced only when the program is lowered.
         with compiling_for(found.platform, found.capability, found.title if found.platform == "gpu" else ""):
             traced = jax.jit(lambda *given: function(*given)).trace(*jax.tree.map(shaped, arguments))
-        platform = "cuda" if found.platform == "gpu" else found.platform
-        compiled = traced.lower(lowering_platforms=(platform,)).compile()
+            compiled = traced.lower(lowering_platforms=(platform,)).compile()
     except Exception as error:  # The compiler's own classes, and whatever the function raises.
         lines = [line for line in str(error).splitlines() if line.strip()]
         return Report(target, f"{type(error).__name__}: {lines[0][:300] if lines else ''}")

@@ -170,7 +170,8 @@ def make_pipeline(problem: Problem, has_bias: bool) -> Pipeline:
         if mask is not None:
             terms.append(mask(place.b, place.h, *positions(place, tiles)))
         if predicate is not None:
-            allowed = predicate.at(place.b, place.h, *positions(place, tiles), place.row, place.column)
+            i, j = positions(place, tiles)
+            allowed = predicate.at(place.b, place.h, i, j, place.row, place.column)
             terms.append((tiles["layout full"] != 0) | allowed)
         seen = jnp.ones((1, 1), bool)
         for term in terms:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jattn.softmax import platforms
 from jattn.softmax.blockwise import schedule
 from jattn.softmax.kernel_arguments import (
+    gathers,
     make_backward,
     make_inputs,
     make_pipeline,
@@ -17,7 +18,7 @@ from jattn.softmax.kernel_arguments import (
     named_cotangents,
 )
 from jattn.softmax.normalizers import Pointwise, Softmax
-from jattn.softmax.problem import Problem
+from jattn.softmax.problem import Problem, slot_tokens
 from pallas_kernels.flash_attention import tpu as kernel
 from pallas_kernels.flash_attention import tpu_backward as backward_kernel
 from pallas_kernels.flash_attention import tpu_sizes
@@ -33,12 +34,12 @@ def unsupported(problem: Problem) -> str:
         reason = f"queries, keys and values of {', '.join(sorted(dtypes))}; it takes one of {', '.join(DTYPES)}"
     elif dtypes == {"float64"} and not interpreted():
         reason = "float64 outside of the interpreter"
-    elif jax.tree.leaves(problem.mask):
-        reason = "a mask that holds arrays (one that is a function of positions alone, or a boolean array, it takes)"
+    elif gathers(problem):
+        reason = "arrays that are read by gather: those of masks and predicates, and pairs of permuted tokens"
     elif not isinstance(problem.normalizer, Softmax | Pointwise):
         reason = f"the normalizer {type(problem.normalizer).__name__}, which needs two passes"
-    elif _tables(problem) and (problem.query_positions is not None or problem.key_positions is not None):
-        reason = "a table of offsets beside explicit positions"
+    elif _tables(problem) and any(x is not None for x in _moved(problem)):
+        reason = "a table of offsets beside explicit positions or a layout that permutes tokens"
     else:
         reason = _layout_reason(problem) or _lists_reason(problem)
     return reason and f"it does not take {reason}; 'blockwise' does"
@@ -53,14 +54,14 @@ def _tables(problem: Problem) -> bool:
     return any(x.ndim == 3 for x in problem.operands.values())
 
 
+def _moved(problem: Problem) -> tuple[Any, ...]:
+    """What makes a token's position another one than its place."""
+    return (problem.query_positions, problem.key_positions, *slot_tokens(problem))
+
+
 def _layout_reason(problem: Problem) -> str:
-    layout = problem.layout
-    if layout is None:
+    if problem.layout is None:
         return ""
-    if layout.query_perm is not None or layout.key_perm is not None:
-        return "a block layout that permutes tokens"
-    if jax.tree.leaves(layout.predicate):
-        return "a block layout whose predicate holds arrays"
     try:
         for backward in (False, True):
             _sizes(problem, {"query": problem.query, "value": problem.value}, backward)
@@ -85,6 +86,8 @@ def _lists_reason(problem: Problem) -> str:
 def _list_bytes(problem: Problem, sizes: tpu_sizes.TpuTiles) -> int:
     """Of the longest list of tiles that may be needed: one for every batch row and head."""
     batch, length, source, num_heads, _ = problem.sizes
+    if problem.layout is not None:
+        length, source = problem.layout.query_slots, problem.layout.key_slots
     return 4 * batch * num_heads * -(-length // sizes.block_q) * -(-source // sizes.block_k)
 
 
@@ -145,6 +148,6 @@ def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: 
     return named_cotangents(problem, sources, found, like)
 
 
-def pulls(like: dict[str, Any]) -> bool:
+def pulls(problem: Problem, like: dict[str, Any]) -> bool:
     """Whether the kernel has all of these gradients: it has none of what rows carry."""
     return "rows" not in like

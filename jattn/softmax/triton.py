@@ -110,8 +110,8 @@ def _arguments(problem: Problem, sources: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def forward(problem: Problem, sources: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-    """Output `[B, T, N, Dv]` and lse `[B, T, N]`; for pointwise normalizers unscaled sums and sums of weights."""
+def forward(problem: Problem, sources: dict[str, Any], dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Output `[B, T, N, Dv]` in `dtype`, lse `[B, T, N]`; pointwise: unscaled sums, and sums of weights."""
     arguments = _arguments(problem, sources)
     _, length, source, _, _ = problem.sizes
     if length == 1 and problem.layout is None:
@@ -122,8 +122,8 @@ def forward(problem: Problem, sources: dict[str, Any]) -> tuple[jax.Array, jax.A
     else:
         sizes = _sizes(problem, sources, False)
         tiling = make_tiling(problem, sizes.block_q, sizes.block_k)
-        out, lse = kernel.forward(**arguments, lists=tiling.rows, sizes=sizes)
-    return out, jnp.swapaxes(lse, 1, 2)
+        out, lse = kernel.forward(**arguments, lists=tiling.rows, sizes=sizes, out_dtype=dtype)
+    return out.astype(dtype), jnp.swapaxes(lse, 1, 2)
 
 
 def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: dict[str, Any]) -> dict[str, Any]:

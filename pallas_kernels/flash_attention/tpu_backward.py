@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash_attention.pipeline import Backward, Pipeline, TileInput, summed_like
 from pallas_kernels.flash_attention.tpu import row_walk
@@ -26,6 +27,7 @@ from pallas_kernels.flash_attention.tpu_tiles import (
     dot,
     input_array,
     is_first,
+    is_last,
     load_tiles,
     make_place,
     make_static,
@@ -64,7 +66,8 @@ def _tile_pull(static: Static, refs, input_refs, place_of, partial: bool, wanted
 def _query_kernel(static: Static, walk: Walk, rows, tables, steps_ref, *refs):
     """DQ, and cotangents of inputs that vary by row only, and of tables of offsets."""
     count = len(static.inputs)
-    arrays, input_refs, outs = (*refs[:3], *refs[3 + count : 6 + count]), refs[3 : 3 + count], refs[6 + count :]
+    arrays, input_refs, outs = (*refs[:3], *refs[3 + count : 6 + count]), refs[3 : 3 + count], refs[6 + count : -1]
+    query_sum = refs[-1]
     query_out, row_outs, table_outs = outs[0], outs[1 : 1 + len(rows)], outs[1 + len(rows) :]
     ids = program_ids()
     step, (b, h, i, j) = walk.step(ids, steps_ref), walk.place(ids, steps_ref)
@@ -76,14 +79,14 @@ def _query_kernel(static: Static, walk: Walk, rows, tables, steps_ref, *refs):
 
     @pl.when(is_first(step, 0))
     def _():
-        for out in (query_out, *row_outs):
+        for out in (query_sum, *row_outs):
             out[...] = jnp.zeros(out.shape, out.dtype)
 
     def tile(partial):
         _, _, key, _, products_ct, inputs_ct = _tile_pull(
             static, arrays, input_refs, (b, h, i, j), partial, (*rows, *tables)
         )
-        query_out[...] += dot(static, products_ct.astype(key.dtype), key, (1, 0)) * static.scale
+        query_sum[...] += dot(static, products_ct.astype(key.dtype), key, (1, 0))
         for name, out in zip(rows, row_outs, strict=True):
             out[...] += inputs_ct[name].T
         for name, out in zip(tables, table_outs, strict=True):
@@ -91,31 +94,41 @@ def _query_kernel(static: Static, walk: Walk, rows, tables, steps_ref, *refs):
 
     on_tiles(static, step, tile)
 
+    @pl.when(is_last(step, 0, 1))
+    def _():
+        query_out[...] = (query_sum[...] * static.scale).astype(query_out.dtype)
+
 
 def _key_kernel(static: Static, walk: Walk, columns, steps_ref, *refs):
     """DK and dV, and cotangents of inputs that vary by column only, one row for each head of the group."""
     count = len(static.inputs)
-    arrays, input_refs, outs = (*refs[:3], *refs[3 + count : 6 + count]), refs[3 : 3 + count], refs[6 + count :]
+    arrays, input_refs, outs = (*refs[:3], *refs[3 + count : 6 + count]), refs[3 : 3 + count], refs[6 + count : -2]
+    key_sum, value_sum = refs[-2:]
     key_out, value_out, *column_outs = outs
     ids = program_ids()
     step, (b, h, i, j) = walk.step(ids, steps_ref), walk.place(ids, steps_ref)
 
     @pl.when(is_first(step, ids[3]))
     def _():
-        for out in outs:
+        for out in (key_sum, value_sum, *column_outs):
             out[...] = jnp.zeros(out.shape, out.dtype)
 
     def tile(partial):
         query, output, _, weights, products_ct, inputs_ct = _tile_pull(
             static, arrays, input_refs, (b, h, i, j), partial, columns
         )
-        key_out[...] += dot(static, products_ct.astype(query.dtype), query, (0, 0)) * static.scale
-        value_out[...] += dot(static, weights.astype(output.dtype), output, (0, 0))
+        key_sum[...] += dot(static, products_ct.astype(query.dtype), query, (0, 0))
+        value_sum[...] += dot(static, weights.astype(output.dtype), output, (0, 0))
         member = jax.lax.rem(h, jnp.int32(static.group))
         for name, out in zip(columns, column_outs, strict=True):
             out[pl.ds(member, 1), :] += inputs_ct[name]
 
     on_tiles(static, step, tile)
+
+    @pl.when(is_last(step, ids[3], walk.members))
+    def _():
+        key_out[...] = (key_sum[...] * static.scale).astype(key_out.dtype)
+        value_out[...] = value_sum[...].astype(value_out.dtype)
 
 
 def _pair_kernel(static: Static, walk: Walk, name: str, steps_ref, *refs):
@@ -192,7 +205,7 @@ def backward(
     precision: Any = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Cotangents of queries, keys and values, float32, and of the wanted inputs in their shapes.
+    """Cotangents of queries, keys and values, and of the wanted inputs, in their shapes and dtypes.
 
     Args:
         query: as in `forward`, and so the next ones.
@@ -220,13 +233,14 @@ def backward(
     arrays += [jnp.swapaxes(given.output, 1, 2), given.lse[:, :, None], given.total[:, :, None]]
     bq, bk = static.blocks
 
-    def launch(kernel, walk: Walk, outputs, name: str):
+    def launch(kernel, walk: Walk, outputs, sums, name: str):
         spec = specs_of(static, walk)
         specs = array_specs(static, walk, inputs)
         specs.append(spec((None, None, bq, value_dim), lambda b, h, i, j: (b, h, i, 0)))
         specs += [spec((None, None, 1, bq), lambda b, h, i, j: (b, h, 0, i))] * 2
-        results = [((shape, static.dtype), place(spec)) for shape, place in outputs]
-        return call_kernel(kernel, static, walk, arrays, specs, results, [], interpret, name)
+        results = [((shape, dtype), place(spec)) for shape, dtype, place in outputs]
+        scratch = [pltpu.VMEM(shape, static.dtype) for shape in sums]
+        return call_kernel(kernel, static, walk, arrays, specs, results, scratch, interpret, name)
 
     tables = [n for n in wanted if inputs[n].center is not None]
     rows = [n for n in wanted if n not in tables and not inputs[n].reads[3]]
@@ -237,14 +251,23 @@ def backward(
     def group_of(h):
         return jax.lax.div(h, jnp.int32(static.group))
 
-    by_rows = ((batch, num_heads, length, head_dim), lambda spec: spec((None, None, bq, head_dim), _at_rows))
-    row = ((batch, num_heads, 1, length), lambda spec: spec((None, None, 1, bq), lambda b, h, i, j: (b, h, 0, i)))
+    by_rows = (arrays[0].shape, query.dtype, lambda spec: spec((None, None, bq, head_dim), _at_rows))
+    row = (
+        (batch, num_heads, 1, length),
+        static.dtype,
+        lambda spec: spec((None, None, 1, bq), lambda b, h, i, j: (b, h, 0, i)),
+    )
     size = table_size(static)
-    table = ((batch, num_heads, 1, size), lambda spec: spec((None, None, 1, size), lambda b, h, i, j: (b, h, 0, 0)))
+    table = (
+        (batch, num_heads, 1, size),
+        static.dtype,
+        lambda spec: spec((None, None, 1, size), lambda b, h, i, j: (b, h, 0, 0)),
+    )
     query_ct, *more = launch(
         lambda static, walk, *refs: _query_kernel(static, walk, rows, tables, *refs),
         row_walk(static, given.code),
         [by_rows, *[row] * len(rows), *[table] * len(tables)],
+        [(bq, head_dim)],
         "flash_attention_backward_query",
     )
     for name, cotangent in zip(rows, more[: len(rows)], strict=True):
@@ -259,19 +282,22 @@ def backward(
 
     sides = [
         (
-            (batch, kv_heads, source, width),
-            lambda spec, width=width: spec((None, None, bk, width), lambda b, h, i, j: (b, group_of(h), j, 0)),
+            array.shape,
+            array.dtype,
+            lambda spec, width=array.shape[3]: spec((None, None, bk, width), lambda b, h, i, j: (b, group_of(h), j, 0)),
         )
-        for width in (head_dim, value_dim)
+        for array in arrays[1:3]
     ]
     column = (
         (batch, kv_heads, static.group, source),
+        static.dtype,
         lambda spec: spec((None, None, static.group, bk), lambda b, h, i, j: (b, group_of(h), 0, j)),
     )
     key_ct, value_ct, *more = launch(
         lambda static, walk, *refs: _key_kernel(static, walk, columns, *refs),
         _key_walk(static, given.code),
         [*sides, *[column] * len(columns)],
+        [(bk, head_dim), (bk, value_dim)],
         "flash_attention_backward_key",
     )
     for name, cotangent in zip(columns, more, strict=True):
@@ -280,11 +306,16 @@ def backward(
         of_batch, of_heads, _, _ = inputs[name].reads
         shape = (batch if of_batch else 1, num_heads if of_heads else 1, length, source)
         lead = lambda b, h, x=of_batch, y=of_heads: (b if x else 0, h if y else 0)  # noqa: E731
-        tile = (shape, lambda spec, lead=lead: spec((None, None, bq, bk), lambda b, h, i, j: (*lead(b, h), i, j)))
+        tile = (
+            shape,
+            static.dtype,
+            lambda spec, lead=lead: spec((None, None, bq, bk), lambda b, h, i, j: (*lead(b, h), i, j)),
+        )
         (found[name],) = launch(
             lambda static, walk, *refs, name=name: _pair_kernel(static, walk, name, *refs),
             _pair_walk(static, given.code, (of_batch, of_heads)),
             [tile],
+            [],
             f"flash_attention_backward_{name.replace('/', '_')}",
         )
     query_ct, key_ct, value_ct = (jnp.swapaxes(x, 1, 2) for x in (query_ct, key_ct, value_ct))

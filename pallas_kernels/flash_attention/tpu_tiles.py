@@ -328,7 +328,7 @@ def call_kernel(kernel, static: Static, walk: Walk, arrays, specs, outputs, scra
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1, grid=walk.grid, in_specs=specs, out_specs=list(out_specs), scratch_shapes=scratch
         ),
-        out_shape=[result_shape(*shape, arrays) for shape in shapes],
+        out_shape=[result_shape(shape, dtype, arrays) for shape, dtype in shapes],
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         interpret=interpret,
         name=name,

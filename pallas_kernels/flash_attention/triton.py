@@ -93,6 +93,7 @@ def forward(
     *,
     scale: float,
     precision: Any = None,
+    out_dtype: Any = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention, and the log-sum-exp of its rows (pointwise: the unscaled sums, and the sums of unnormalized weights).
@@ -107,10 +108,11 @@ def forward(
         sizes: of tiles.
         scale: of the logits.
         precision: of the products of float32.
+        out_dtype: of the output; that of sums, float32 at least, if not given.
         interpret: whether to run in Pallas' interpreter.
 
     Returns:
-        `[B, T, N, Dv]` float32 and `[B, N, T]` float32, -inf for rows that see nothing.
+        `[B, T, N, Dv]` and `[B, N, T]` float32, -inf for rows that see nothing.
     """
     static = make_static(pipeline, sizes, query, key, value, scale, precision, inputs, lists)
     batch, length, _, num_heads, _, _, value_dim = static.shape
@@ -118,11 +120,11 @@ def forward(
     block = sizes.block_q
     outputs = [
         (
-            jax.ShapeDtypeStruct((batch, length, num_heads, value_dim), static.dtype),
+            ((batch, length, num_heads, value_dim), static.dtype if out_dtype is None else out_dtype),
             pl.BlockSpec((None, block, None, padded(value_dim)), lambda i, h, b: (b, i, h, 0)),
         ),
         (
-            jax.ShapeDtypeStruct((batch, num_heads, length), static.dtype),
+            ((batch, num_heads, length), static.dtype),
             pl.BlockSpec((None, None, block), lambda i, h, b: (b, h, i)),
         ),
     ]

@@ -91,18 +91,25 @@ def _key_kernel(static: Static, wanted: Sequence[str], *refs):
         plgpu.store(out, cotangent.astype(out.dtype), mask=columns[:, None] & lanes[None, :])
 
 
-def _pair_kernel(static: Static, name: str, reads: tuple[bool, bool], *refs):
+def _pair_kernel(static: Static, name: str, reads: tuple[bool, ...], *refs):
     """The cotangent of one input of pairs: a tile of it, summed over the heads and batch rows that share it."""
     query_ref, key_ref, value_ref, code_ref, *rest = refs
     input_refs, (output_ref, lse_ref, total_ref, out) = rest[:-4], rest[-4:]
     sizes, (batch, length, source, num_heads, *_) = static.sizes, static.shape
     i, j, n = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-    batches, heads = (1 if reads[0] else batch), (1 if reads[1] else num_heads)
-    # Which batch row and head this program begins with, and how many of each it sums over.
-    first_b, first_h = (n // (num_heads if reads[1] else 1), n % (num_heads if reads[1] else 1))
+
+    def batch_and_head(m):
+        """The m-th batch row and head among those that this program sums over."""
+        if reads == (True, False):
+            return n, m
+        if reads == (False, True):
+            return m, n
+        both = n if reads[0] else m
+        heads = jnp.asarray(num_heads, both.dtype)
+        return jax.lax.div(both, heads), jax.lax.rem(both, heads)
 
     def one(m, total):
-        b, h = (first_b + m // heads if not reads[0] else first_b), (m % heads if not reads[1] else first_h)
+        b, h = batch_and_head(m)
         code = code_ref[b if code_ref.shape[0] != 1 else 0, h if code_ref.shape[1] != 1 else 0, i, j]
         side = row_side(static, (query_ref, output_ref, lse_ref, total_ref), (b,), h, i)
         keys, tile = (key_ref, value_ref), (b, h, i, j)
@@ -111,10 +118,10 @@ def _pair_kernel(static: Static, name: str, reads: tuple[bool, bool], *refs):
             *_, inputs_ct = tile_pull(static, keys, input_refs, (b,), side, tile, True, (name,))
             return total + inputs_ct[name].astype(static.dtype)
 
-        return jax.lax.fori_loop(0, jnp.where(code > 0, 1, 0), visit, total)
+        return jax.lax.fori_loop(0, jnp.minimum(code, 1), visit, total)
 
     total = jnp.zeros((sizes.block_q, sizes.block_k), static.dtype)
-    total = jax.lax.fori_loop(0, batches * heads, one, total)
+    total = jax.lax.fori_loop(0, (1 if reads[0] else batch) * (1 if reads[1] else num_heads), one, total)
     rows = i * sizes.block_q + jnp.arange(sizes.block_q) < length
     columns = j * sizes.block_k + jnp.arange(sizes.block_k) < source
     plgpu.store(out, total, mask=rows[:, None] & columns[None, :])
@@ -135,7 +142,7 @@ def backward(
     precision: Any = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, jax.Array]]:
-    """Cotangents of queries, keys and values, float32, and of the wanted inputs in their shapes.
+    """Cotangents of queries, keys and values, and of the wanted inputs, in their shapes and dtypes.
 
     Args:
         query: as in `forward`, and so the next ones.
@@ -171,14 +178,12 @@ def backward(
     of_rows = [n for n in others if not inputs[n].reads[3]]
     block_q, block_k = sizes.block_q, sizes.block_k
 
-    def side(shape, block):
-        return (
-            jax.ShapeDtypeStruct(shape, static.dtype),
-            pl.BlockSpec((None, block, None, padded(shape[3])), lambda i, h, b: (b, i, h, 0)),
-        )
+    def side(array, block):
+        spec = pl.BlockSpec((None, block, None, padded(array.shape[3])), lambda i, h, b: (b, i, h, 0))
+        return (array.shape, array.dtype), spec
 
     row = (
-        jax.ShapeDtypeStruct((batch, num_heads, length), static.dtype),
+        ((batch, num_heads, length), static.dtype),
         pl.BlockSpec((None, None, block_q), lambda i, h, b: (b, h, i)),
     )
     query_ct, *sums = call_kernel(
@@ -187,7 +192,7 @@ def backward(
         (pl.cdiv(length, block_q), num_heads, batch),
         arrays + more,
         specs + more_specs,
-        [side(query.shape, block_q), *[row] * len(of_rows)],
+        [side(query, block_q), *[row] * len(of_rows)],
         interpret,
         "flash_attention_backward_query",
     )
@@ -196,7 +201,7 @@ def backward(
     turned = given.columns
     swapped = [turned.full_count, turned.full_index, turned.partial_count, turned.partial_index]
     column = (
-        jax.ShapeDtypeStruct((batch, num_heads, source), static.dtype),
+        ((batch, num_heads, source), static.dtype),
         pl.BlockSpec((None, num_heads, source), lambda j, h, b: (b, 0, 0)),
     )
     key_ct, value_ct, *sums = call_kernel(
@@ -205,7 +210,7 @@ def backward(
         (pl.cdiv(source, block_k), kv_heads, batch),
         arrays[:3] + swapped + arrays[7:] + more,
         specs[:3] + [whole_spec(x) for x in swapped] + specs[7:] + more_specs,
-        [side(key.shape, block_k), side(value.shape, block_k), *[column] * len(of_columns)],
+        [side(key, block_k), side(value, block_k), *[column] * len(of_columns)],
         interpret,
         "flash_attention_backward_key",
     )
@@ -235,7 +240,7 @@ def _pairs(static: Static, name: str, query, key, value, inputs, given: Backward
         return pl.BlockSpec(shape, lambda i, j, n: (0,) * len(shape))
 
     output = (
-        jax.ShapeDtypeStruct((*lead, length, source), static.dtype),
+        ((*lead, length, source), static.dtype),
         pl.BlockSpec((None, None, block_q, block_k), lambda i, j, n: (n // lead[1], n % lead[1], i, j)),
     )
     (found,) = call_kernel(

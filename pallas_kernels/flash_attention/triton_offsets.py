@@ -101,7 +101,7 @@ def offset_table(static: Static, name: str, arrays, specs, interpret: bool) -> j
     def output(*block):
         zeros = (0,) * len(block)
         return (
-            jax.ShapeDtypeStruct((batch, num_heads, diagonals, *block), static.dtype),
+            ((batch, num_heads, diagonals, *block), static.dtype),
             pl.BlockSpec((None, None, None, *block), lambda d, h, b: (b, h, d, *zeros)),
         )
 

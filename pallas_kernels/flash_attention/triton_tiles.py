@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.flash_attention.pipeline import Pipeline, Place, TileInput, TileLists
+from pallas_kernels.flash_attention.pipeline import Pipeline, Place, TileInput, TileLists, result_shape
 from pallas_kernels.flash_attention.sizes import TileSizes, padded
 
 
@@ -226,14 +226,14 @@ def all_specs(query, key, value, lists: TileLists, inputs: Mapping[str, TileInpu
 
 
 def call_kernel(kernel, static: Static, grid, arrays, specs, outputs, interpret: bool, name: str):
-    """Launch a kernel; `outputs` are pairs of a shape and a block spec."""
+    """Launch a kernel; `outputs` are pairs of (shape, dtype) and a block spec."""
     shapes, out_specs = zip(*outputs, strict=True)
     return pl.pallas_call(
         functools.partial(kernel, static),
         grid=grid,
         in_specs=specs,
         out_specs=list(out_specs),
-        out_shape=list(shapes),
+        out_shape=[result_shape(shape, dtype, arrays) for shape, dtype in shapes],
         compiler_params=plgpu.CompilerParams(num_warps=static.sizes.num_warps, num_stages=static.sizes.num_stages),
         interpret=interpret,
         name=name,

@@ -37,6 +37,10 @@ def test_what_is_asked_for_is_taken(name):
     assert (found.chosen, found.reason) == (name, "asked for")
 
 
+def below_the_next(b, h, i, j, aux):
+    return j < (aux + 1)[b]
+
+
 def test_a_kernel_is_chosen_unasked_only_once_it_was_verified(monkeypatch):
     with platforms.compiling_for("gpu", "9.0"):
         found = jattn.explain(*shaped(1024))
@@ -45,9 +49,9 @@ def test_a_kernel_is_chosen_unasked_only_once_it_was_verified(monkeypatch):
         assert jattn.explain(*shaped(1024), implementation="triton").chosen == "triton"
         monkeypatch.setattr(dispatch, "VERIFIED", frozenset({"triton"}))
         assert jattn.explain(*shaped(1024)).chosen == "triton"
-        masked = jattn.explain(*shaped(1024), mask=jattn.masks.prefix(np.array([3])))
+        masked = jattn.explain(*shaped(1024), mask=jattn.masks.mask_mod(below_the_next, np.array([3])))
         assert masked.chosen == "blockwise"
-        assert "a mask that holds arrays" in masked.others["triton"]
+        assert "a mask that does more with its arrays than reading entries" in masked.others["triton"]
 
 
 def test_the_text_names_all():

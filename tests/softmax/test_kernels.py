@@ -305,6 +305,9 @@ def test_explain_tells_where_it_runs(kernel):
 
 def test_explain_tells_whose_backward_pass_it_is():
     kernel = KERNELS["triton"]
-    found = jattn.explain(**inputs(kernel), **CASES["offset table"](kernel), implementation="triton")
+    arguments = CASES["offset table"](kernel)
+    found = jattn.explain(**inputs(kernel), **arguments, implementation="triton")
+    assert (found.chosen, found.reason) == ("triton", "asked for")
+    found = jattn.explain(**inputs(kernel), **arguments, **positions(kernel), implementation="triton")
     assert found.chosen == "triton"
-    assert found.reason.endswith("the backward pass is that of 'blockwise'")
+    assert found.reason.endswith("positions or a layout that permutes tokens, the backward pass is that of 'blockwise'")

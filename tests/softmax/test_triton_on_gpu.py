@@ -7,6 +7,7 @@ import pytest
 
 import jattn
 from jattn.softmax import dispatch
+from jattn.softmax.compilers import from_token_selection
 from jattn.testing.tolerance import assert_within_policy
 
 pytestmark = [
@@ -27,6 +28,20 @@ CASES = {
     "key padding": {"key_value_seq_lengths": np.array([S, 11])},
     "cap and sinks": {"logit_soft_cap": 5.0, "sinks": np.array([0.3, -1.0, 0.0, 2.0], np.float32)},
     "bias": {"bias": draw(1, N, T, S, seed=4), "is_causal": True},
+    "prefix lengths": {"mask": jattn.masks.prefix_lm_mask(np.array([40, 300]))},
+    "token selection": {
+        "layout": from_token_selection(
+            np.random.default_rng(5).random((B, K, T, 8)) < 0.4,
+            1,
+            49,
+            jattn.masks.causal(),
+            num_heads=N,
+            query_slots=T,
+            key_slots=S,
+            query_block=64,
+            key_block=64,
+        )
+    },
     "sigmoid": {"normalizer": jattn.normalizers.sigmoid(), "is_causal": True},
     "dropout": {"dropout_rate": 0.2, "dropout_key": jax.random.key(1), "is_causal": True},
 }
@@ -66,6 +81,32 @@ def check(dims, dtype, arguments):
         truth = everything("reference", wide, arguments)
     for candidate, exact, ordinary in zip(found, truth, plain, strict=True):
         assert_within_policy(candidate, exact, ordinary)
+
+
+def add_offset(logit, b, h, i, j, table):
+    return logit + table
+
+
+def test_gradients_of_offset_tables_are_within_the_policy_and_repeat_bit_for_bit():
+    arrays = {n: draw(B, 387, N, 64, seed=i) for i, n in enumerate(("query", "key", "value"))}
+
+    def gradient(implementation, arrays, table):
+        def loss(table):
+            mod = jattn.ScoreMod(add_offset, {"table": jattn.Operand(table, "offset")})
+            out = jattn.dot_product_attention(
+                **arrays, score_mod=mod, implementation=implementation, precision="highest"
+            )
+            return jnp.sin(out).sum()
+
+        return jax.jit(jax.grad(loss))(table)
+
+    table = draw(N, 101, seed=6)
+    found, again, plain = (gradient(name, arrays, table) for name in ("triton", "triton", "reference"))
+    np.testing.assert_array_equal(found, again)
+    with jax.enable_x64(True):
+        wide = {n: np.asarray(x, np.float64) for n, x in arrays.items()}
+        truth = gradient("reference", wide, np.asarray(table, np.float64))
+    assert_within_policy(found, truth, plain)
 
 
 def test_two_runs_agree_bit_for_bit():

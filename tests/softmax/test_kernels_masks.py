@@ -1,4 +1,6 @@
-"""Masks and layouts that hold arrays, through the Triton kernel in the interpreter, against the float64 truth."""
+"""Masks that hold arrays, permuted layouts and tables of offsets, through the kernels in the interpreter."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,12 @@ import pytest
 
 import jattn
 from jattn.softmax.compilers import from_block_mask, from_mask_mod, from_token_selection, tile_bits
-from tests.softmax.test_triton import POSITIONS, SEGMENTS, B, K, N, S, T, compare, draw, inputs
+from tests.softmax.test_kernels import KERNELS, B, K, N, compare, draw, each_kernel, inputs, positions, segments
+
+TRITON = KERNELS["triton"]
+T, S = TRITON.length, TRITON.source
+SEGMENTS, POSITIONS = segments(TRITON), positions(TRITON)
+on_triton = functools.partial(compare, TRITON)
 
 
 def random(*shape, share=0.5, seed=0):
@@ -53,16 +60,16 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("name", MASKS)
 def test_masks_that_hold_arrays(name):
-    compare(MASKS[name]())
+    on_triton(MASKS[name]())
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_whose_predicate_holds_arrays(name):
-    compare({"layout": LAYOUTS[name]()})
+    on_triton({"layout": LAYOUTS[name]()})
 
 
 def test_a_single_query():
-    arrays = {n: x[:, :1] if n == "query" else x for n, x in inputs().items()}
+    arrays = {n: x[:, :1] if n == "query" else x for n, x in inputs(TRITON).items()}
     for mask in (
         jattn.masks.prefix(np.array([5, 20])),
         jattn.masks.dense(random(B, N, 1, S)),
@@ -81,16 +88,17 @@ def perm(length, slots, *lead, seed=0):
     return draws.permuted(np.broadcast_to(tokens, (*lead, slots)), axis=-1).astype(np.int32)
 
 
-def permuted(query_perm, key_perm, predicate=None):
-    slots = [n if p is None else p.shape[2] for n, p in ((T, query_perm), (S, key_perm))]
-    tiles = [-(-n // 16) for n in slots]
+def permuted(kernel, query_perm, key_perm, predicate=None):
+    sides = ((kernel.length, query_perm), (kernel.source, key_perm))
+    slots = [n if p is None else p.shape[2] for n, p in sides]
+    tiles = [-(-n // kernel.block) for n in slots]
     return from_block_mask(
         random(B, K, *tiles, share=0.7, seed=6),
         predicate,
         query_slots=slots[0],
         key_slots=slots[1],
-        query_block=16,
-        key_block=16,
+        query_block=kernel.block,
+        key_block=kernel.block,
         query_perm=query_perm,
         key_perm=key_perm,
     )
@@ -100,38 +108,50 @@ def of_rows_and_columns(logit, b, h, i, j, at_query, at_key, table):
     return logit * (1 + at_query) + at_key + table
 
 
-ROWS_AND_COLUMNS = jattn.ScoreMod(
-    of_rows_and_columns,
-    {
-        "at_query": jattn.Operand(0.1 * draw(T, seed=1), "query"),
-        "at_key": jattn.Operand(draw(B, 1, S, seed=2), "key"),
+def rows_and_columns(kernel):
+    operands = {
+        "at_query": jattn.Operand(0.1 * draw(kernel.length, seed=1), "query"),
+        "at_key": jattn.Operand(draw(B, 1, kernel.source, seed=2), "key"),
         "table": jattn.Operand(draw(N, seed=3), "head"),
-    },
-)
+    }
+    return jattn.ScoreMod(of_rows_and_columns, operands)
+
+
 PERMS = {
-    "both": (perm(T, 41, B, N), perm(S, 32, B, K, seed=1)),
-    "queries": (perm(T, 48, 1, 1), None),
-    "keys of query heads": (None, perm(S, S, 1, N)),
+    "both": lambda x: (perm(x.length, x.length + 4, B, N), perm(x.source, 2 * x.block, B, K, seed=1)),
+    "queries": lambda x: (perm(x.length, 3 * x.block, 1, 1), None),
+    "keys of query heads": lambda x: (None, perm(x.source, x.source, 1, N)),
 }
 OF_PERMUTED = {
-    "plain": {},
-    "masks": {"is_causal": True, "segment_ids": SEGMENTS, "mask": random(B, 1, T, S)},
-    "positions": {"mask": jattn.masks.prefix(np.array([9, 40])) | jattn.masks.causal(), **POSITIONS},
-    "operands": {"score_mod": ROWS_AND_COLUMNS, "bias": draw(1, N, 1, S, seed=4)},
-    "pair bias": {"bias": draw(1, 1, T, S, seed=5)},
-    "dropout": {"dropout_rate": 0.3, "dropout_key": jax.random.key(2)},
+    "plain": lambda x: {},
+    "masks": lambda x: {"is_causal": True, "segment_ids": segments(x)},
+    "positions": lambda x: {"mask": jattn.masks.sliding_window(9), **positions(x)},
+    "operands": lambda x: {"score_mod": rows_and_columns(x), "bias": draw(1, N, 1, x.source, seed=4)},
+    "dropout": lambda x: {"dropout_rate": 0.3, "dropout_key": jax.random.key(2)},
 }
+OF_MOVED_PAIRS = {
+    "masks": {"is_causal": True, "segment_ids": SEGMENTS, "mask": random(B, 1, T, S)},
+    "mask by position": {"mask": jattn.masks.prefix(np.array([9, 40])) | jattn.masks.causal(), **POSITIONS},
+    "pair bias": {"bias": draw(1, 1, T, S, seed=5)},
+}
+
+
+@each_kernel
+@pytest.mark.parametrize("perms", PERMS)
+@pytest.mark.parametrize("name", OF_PERMUTED)
+def test_layouts_that_permute_tokens(name, perms, kernel):
+    compare(kernel, {"layout": permuted(kernel, *PERMS[perms](kernel)), **OF_PERMUTED[name](kernel)})
 
 
 @pytest.mark.parametrize("perms", PERMS)
-@pytest.mark.parametrize("name", OF_PERMUTED)
-def test_layouts_that_permute_tokens(name, perms):
-    compare({"layout": permuted(*PERMS[perms]), **OF_PERMUTED[name]})
+@pytest.mark.parametrize("name", OF_MOVED_PAIRS)
+def test_layouts_that_permute_what_is_read_by_pairs(name, perms):
+    on_triton({"layout": permuted(TRITON, *PERMS[perms](TRITON)), **OF_MOVED_PAIRS[name]})
 
 
 def test_predicates_of_permuted_layouts_see_slots_and_positions():
     for predicate in (LAYOUTS["selection"]().predicate, jattn.masks.prefix_lm_mask(np.array([5, 20]))):
-        compare({"layout": permuted(*PERMS["both"], predicate)})
+        on_triton({"layout": permuted(TRITON, *PERMS["both"](TRITON), predicate)})
 
 
 def add_both(logit, b, h, i, j, one, other):
@@ -149,17 +169,21 @@ def tables(one, other, centers=(None, None)):
 
 
 TABLES = {
-    "clipped": {"score_mod": tables((N, 9), (B, 1, 15), (None, 2))},
-    "wider than all offsets": {"score_mod": tables((150,), (N, 90), (110, 3)), "is_causal": True},
-    "of one entry, and out of reach": {"score_mod": tables((N, 1), (B, N, 7), (None, 100))},
-    "dead tiles": {"score_mod": tables((11,), (N, 40)), "segment_ids": SEGMENTS},
-    "sigmoid": {"score_mod": tables((11,), (N, 40)), "normalizer": jattn.normalizers.sigmoid()},
+    "clipped": lambda x: {"score_mod": tables((N, 9), (B, 1, 15), (None, 2))},
+    "wider than all offsets": lambda x: {
+        "score_mod": tables((4 * x.length,), (N, 90), (3 * x.length, 3)),
+        "is_causal": True,
+    },
+    "of one entry, and out of reach": lambda x: {"score_mod": tables((N, 1), (B, N, 7), (None, 300))},
+    "dead tiles": lambda x: {"score_mod": tables((11,), (N, 40)), "segment_ids": segments(x)},
+    "sigmoid": lambda x: {"score_mod": tables((11,), (N, 40)), "normalizer": jattn.normalizers.sigmoid()},
 }
 
 
+@each_kernel
 @pytest.mark.parametrize("name", TABLES)
-def test_gradients_of_offset_tables(name):
-    compare(TABLES[name])
+def test_gradients_of_offset_tables(name, kernel):
+    compare(kernel, TABLES[name](kernel))
 
 
 @pytest.mark.parametrize("blocks", [(16, 64), (64, 16)], ids=str)
@@ -167,13 +191,13 @@ def test_gradients_of_offset_tables_in_oblong_tiles(blocks):
     sizes = {"query_slots": T, "key_slots": S, "query_block": blocks[0], "key_block": blocks[1]}
     tiles = [-(-n // block) for n, block in zip((T, S), blocks, strict=True)]
     layout = from_block_mask(random(1, N, *tiles, share=0.8), **sizes)
-    compare({"score_mod": tables((11,), (B, N, 70)), "layout": layout})
+    on_triton({"score_mod": tables((11,), (B, N, 70)), "layout": layout})
 
 
 def test_gradients_of_offset_tables_where_offsets_are_irregular():
     score_mod = tables((11,), (N, 40))
-    compare({"score_mod": score_mod, **POSITIONS})
-    compare({"score_mod": score_mod, "layout": permuted(*PERMS["both"])})
+    on_triton({"score_mod": score_mod, **POSITIONS})
+    on_triton({"score_mod": score_mod, "layout": permuted(TRITON, *PERMS["both"](TRITON))})
 
 
 def of_the_whole(b, h, i, j, aux):
@@ -192,4 +216,19 @@ def of_a_part(b, h, i, j, aux):
 def test_masks_that_do_more_than_reading_name_who_takes_them(function):
     mask = jattn.masks.mask_mod(function, np.array([5, 20]))
     with pytest.raises(NotImplementedError, match="more with its arrays than reading entries .*'blockwise' does"):
-        jattn.dot_product_attention(**inputs(), mask=mask, implementation="triton")
+        jattn.dot_product_attention(**inputs(TRITON), mask=mask, implementation="triton")
+
+
+def test_what_tpus_cannot_gather_names_who_can():
+    kernel = KERNELS["tpu"]
+    tokens = PERMS["both"](kernel)
+    for arguments in (
+        {"mask": jattn.masks.prefix(np.array([5, 20]))},
+        {"layout": permuted(kernel, *tokens), "bias": draw(1, 1, kernel.length, kernel.source)},
+    ):
+        with pytest.raises(NotImplementedError, match="arrays that are read by gather.*; 'blockwise' does"):
+            jattn.dot_product_attention(**inputs(kernel), **arguments, implementation="tpu")
+    with pytest.raises(NotImplementedError, match="a table of offsets beside explicit positions"):
+        jattn.dot_product_attention(
+            **inputs(kernel), **positions(kernel), score_mod=tables((11,), (N, 40)), implementation="tpu"
+        )
