@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jattn.softmax import platforms
-from jattn.softmax.blockwise import schedule
+from jattn.softmax.decoding import live_tiles
 from jattn.softmax.kernel_arguments import make_inputs, make_pipeline, make_tiling
-from jattn.softmax.masks import DEAD
 from jattn.softmax.normalizers import Pointwise, Softmax
 from jattn.softmax.problem import Problem
 from pallas_kernels.flash_attention import sizes as tile_sizes
@@ -112,12 +110,10 @@ def _arguments(problem: Problem, sources: dict[str, Any]) -> dict[str, Any]:
 def forward(problem: Problem, sources: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """Output `[B, T, N, Dv]` and lse `[B, T, N]`; for pointwise normalizers unscaled sums and sums of weights."""
     arguments = _arguments(problem, sources)
-    _, length, source, _, _ = problem.sizes
+    length = problem.sizes[1]
     if length == 1 and problem.layout is None:
         block = DECODE_BLOCK if problem.block_sizes is None else problem.block_sizes[1]
-        code, _ = schedule.tile_code(dataclasses.replace(problem, block_sizes=(1, min(block, source))), True)
-        live = jnp.asarray((code != DEAD).any((1, 2)), jnp.int32)
-        out, lse = decode_kernel.forward(**arguments, live=live, block_k=block)
+        out, lse = decode_kernel.forward(**arguments, live=live_tiles(problem, block), block_k=block)
     else:
         sizes = _sizes(problem, sources, False)
         tiling = make_tiling(problem, sizes.block_q, sizes.block_k)

@@ -19,6 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.flash_attention.pipeline import Pipeline, Place, TileInput
 from pallas_kernels.flash_attention.sizes import padded
 from pallas_kernels.flash_attention.triton_tiles import input_spec, keep_rows, load_rows, whole_spec
+from pallas_kernels.flash_decode.joining import join
 from pallas_kernels.flash_decode.pages import Pages, check_block, pages_of
 
 PROGRAMS = 264
@@ -211,16 +212,3 @@ def forward(
 def _pool_spec(pool) -> pl.BlockSpec:
     """All of a pool, the last axis filled up."""
     return pl.BlockSpec((*pool.shape[:-1], padded(pool.shape[-1])), lambda *_: (0,) * pool.ndim)
-
-
-def join(out, lse, softmax: bool) -> tuple[jax.Array, jax.Array]:
-    """Partial outputs `[B, K, parts, group, Dv]` and log-sum-exps `[B, K, parts, group]` as those of all keys."""
-    if not softmax:
-        return out.sum(2), lse.sum(2)
-    largest = lse.max(2, keepdims=True)
-    shift = jnp.where(largest == -jnp.inf, 0, largest)
-    share = jnp.exp(lse - shift)
-    total = share.sum(2)
-    alive = total != 0
-    joined = (share[..., None] * out).sum(2) / jnp.where(alive, total, 1)[..., None]
-    return joined, jnp.where(alive, shift[:, :, 0] + jnp.log(jnp.where(alive, total, 1)), -jnp.inf)
