@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 LEAST_BLOCK = 16
@@ -28,15 +29,16 @@ class Pages:
     shared: bool
 
     def tile(self, b: Any, j: Any, block: int, read: Callable[[Any], Any]) -> tuple[Any, Any]:
-        """Page of tile `j` of row `b`, and the token of the page that it starts at.
+        """Page of tile `j` of row `b`, and which tile of the page it is.
 
         `read(n)` is entry n of the row's table. Entries that name no page of the pool are moved to the nearest one.
         """
         if not self.shared:
-            return b, j * block
-        tiles = self.size // block
-        page = jnp.clip(read(j // tiles), 0, self.count - 1)
-        return page, j % tiles * block
+            return b, j
+        # Not `//` and `%`: kernels would look at the signs.
+        tiles = jnp.asarray(self.size // block, j.dtype)
+        page = jnp.clip(read(jax.lax.div(j, tiles)), 0, self.count - 1)
+        return page, jax.lax.rem(j, tiles)
 
 
 def pages_of(pool: Any, block_table: Any) -> tuple[Pages, int]:

@@ -1,7 +1,7 @@
 """Split-key attention of one query for TPUs.
 
-A step of the grid takes a tile of keys with all key heads: caches `[B, S, K, D]` and pools `[P, page, K, D]` are read as
-they lie, since turning heads outwards would copy the whole cache for every token. The query heads of a key head are
+A step of the grid takes a tile of keys with all key heads: caches `[B, S, K, D]` and pools `[P, page, K, D]` are read
+as they lie, since turning heads outwards would copy the whole cache for every token. The query heads of a key head are
 rows of one tile, filled up to a multiple of 8. Each batch row walks its own list of live tiles; the list, its length
 and the table of pages lie in scalar memory and say which block is fetched, and steps beyond the end of a list name the
 last block again, so that nothing is fetched for them.
@@ -58,8 +58,7 @@ class Static:
     def block(self, b, part, step, order_ref, count_ref, *table_ref):
         """The block of the pool that a step takes."""
         j, _ = self.tile(b, part, step, order_ref, count_ref)
-        page, first = self.pages.tile(b, j, self.block_k, lambda n: table_ref[0][b, n])
-        return page, first // self.block_k, 0, 0
+        return *self.pages.tile(b, j, self.block_k, lambda n: table_ref[0][b, n]), 0, 0
 
 
 def tile_keys(kv_heads: int, head_dim: int, value_dim: int, itemsize: int) -> int:
@@ -138,9 +137,11 @@ def _look(static: Static, b, j, input_refs):
     """Place, inputs and visible pairs of a tile: `[K rows, block_k]`."""
     shape = (static.kv_heads * static.rows, static.block_k)
     row = jax.lax.broadcasted_iota(jnp.int32, (shape[0], 1), 0)
-    member = jnp.minimum(row % static.rows, static.group - 1)
+    # Not `//` and `%`: kernels would look at the signs.
+    rows = jnp.asarray(static.rows, jnp.int32)
+    member = jnp.minimum(jax.lax.rem(row, rows), static.group - 1)
     column = j * static.block_k + jax.lax.broadcasted_iota(jnp.int32, (1, shape[1]), 1)
-    place = Place(b, row // static.rows * static.group + member, jnp.zeros_like(row), column)
+    place = Place(b, jax.lax.div(row, rows) * static.group + member, jnp.zeros_like(row), column)
     tiles = {name: ref[0, 0] for name, ref in zip(static.names, input_refs, strict=True)}
     visible = static.pipeline.visible(place, tiles) & (column < static.source)
     return place, tiles, jnp.broadcast_to(visible, shape)

@@ -99,7 +99,8 @@ def _kernel(static: Static, query_ref, key_ref, value_ref, live_ref, *rest):
         for n in sorted(range(len(input_refs)), key=lambda n: static.inputs[n].center is not None):
             tiles[static.names[n]] = _tile_input(static.inputs[n], input_refs[n], place, source, tiles)
         visible = jnp.broadcast_to(static.pipeline.visible(place, tiles), (heads, static.block_k)) & (column < source)
-        page, first = static.pages.tile(b, j, static.block_k, lambda n: table_ref[n])
+        page, part = static.pages.tile(b, j, static.block_k, lambda n: table_ref[n])
+        first = part * static.block_k
         key = load_rows(key_ref, (page,), kv_head, first, static.block_k, static.pages.size, head_dim)
         value = load_rows(value_ref, (page,), kv_head, first, static.block_k, static.pages.size, value_dim)
         if static.pipeline.guard:

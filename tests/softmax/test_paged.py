@@ -79,7 +79,7 @@ def test_kernels_are_attention_over_the_pages_put_together(name, kernel):
                 for which in (kernel, "reference")
             ]
 
-        found, expected = both(arrays)
+        found, expected = jax.tree.map(np.asarray, both(arrays))
     for got, wanted in zip(found, expected, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-10, atol=1e-10)
     if name == "nothing to see":
@@ -200,8 +200,8 @@ def test_what_does_not_fit_is_refused():
         jattn.paged_attention(query, key, value, table, lengths, logit_soft_cap=jnp.ones(()))
     with pytest.raises(NotImplementedError, match="2 queries a row.*'blockwise' does"):
         jattn.paged_attention(np.repeat(query, 2, 1), key, value, table, lengths, implementation="triton")
+    normalizer = jattn.normalizers.reweighted(jattn.normalizers.softmax())
     with pytest.raises(NotImplementedError, match="two passes.*'blockwise' does"):
-        normalizer = jattn.normalizers.reweighted(jattn.normalizers.softmax())
         jattn.paged_attention(query, key, value, table, lengths, implementation="tpu", normalizer=normalizer)
     with pytest.raises(ValueError, match="pages of 9 tokens.*multiples of 16 can"):
         jattn.paged_attention(query, key[:, :9], value[:, :9], table, lengths % 27, implementation="triton")
