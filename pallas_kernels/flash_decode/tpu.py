@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,10 +24,12 @@ from pallas_kernels.flash_decode.joining import join
 from pallas_kernels.flash_decode.pages import Pages, check_block, pages_of
 
 SUBLANES, LANES = 8, 128
-MOST_KEYS = 512
-"""Keys of a tile at most: beyond, longer transfers are no faster."""
-TILE_BYTES = 8 << 20
-"""Of the tiles of keys and values, two of each, in the 16 MB that a kernel may ask for."""
+MOST_KEYS = 256
+"""Keys of a tile at most: with 8 heads of 128 channels half a megabyte, whose transfer outlasts the start of a step."""
+TILE_BYTES = 4 << 20
+"""Of the tiles of keys and values, two of each; the 16 MB that a kernel may ask for hold what is made of them, too."""
+SCALAR_BYTES = (1 << 20) - (16 << 10)
+"""Of lists and tables, in the 1 MB of scalar memory that every TPU has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +68,24 @@ def tile_keys(kv_heads: int, head_dim: int, value_dim: int, itemsize: int) -> in
 
     Example:
         >>> tile_keys(8, 128, 128, 2), tile_keys(32, 256, 256, 4)
-        (512, 64)
+        (256, 32)
     """
     lanes = sum(-(-width // LANES) * LANES for width in (head_dim, value_dim))
     each = 2 * -(-kv_heads // SUBLANES) * SUBLANES * lanes * itemsize
     return min(MOST_KEYS, 1 << (TILE_BYTES // each).bit_length() - 1)
+
+
+def check_scalars(scalars: Sequence[Any], block_k: int) -> None:
+    """ValueError where lists and tables, whose length goes with 1 / block_k, do not fit in scalar memory."""
+    padded = [-(-x.shape[0] // SUBLANES) * SUBLANES * -(-x.shape[1] // LANES) * LANES for x in scalars if x.ndim == 2]
+    needed = sum(padded) * 4
+    if needed > SCALAR_BYTES:
+        factor = 1 << (-(-needed // SCALAR_BYTES) - 1).bit_length()
+        raise ValueError(
+            f"lists of live tiles and the table of pages take {needed} bytes of scalar memory, of which there are "
+            f"{SCALAR_BYTES}: tiles (and pages) of {factor * block_k} keys in place of {block_k} would do, or a batch "
+            f"in {factor} parts"
+        )
 
 
 def _columns_of(seen):
@@ -225,7 +240,7 @@ def forward(
         `[B, 1, N, Dv]` and `[B, N, 1]`, float32 at least; -inf where nothing is seen.
 
     Raises:
-        ValueError: tiles of keys that do not divide the pages.
+        ValueError: tiles of keys that do not divide the pages, or more of them than scalar memory can list.
     """
     batch, _, num_heads, head_dim = query.shape
     pages, source = pages_of(key, block_table)
@@ -257,6 +272,7 @@ def forward(
     order = jnp.argsort(live == 0, axis=1, stable=True).astype(jnp.int32)
     scalars = [order, (live != 0).sum(1, dtype=jnp.int32)]
     scalars += [] if block_table is None else [block_table.astype(jnp.int32)]
+    check_scalars(scalars, block_k)
 
     def of_row(b, part, step, *_):
         return b, part, 0, 0

@@ -14,7 +14,7 @@ from jattn.softmax.arguments import build_problem
 from jattn.softmax.decoding import live_tiles
 from jattn.softmax.kernel_arguments import make_inputs, make_pipeline
 from jattn.testing.tolerance import assert_within_policy
-from pallas_kernels.flash_decode.tpu import forward
+from pallas_kernels.flash_decode.tpu import check_scalars, forward
 
 B, S, N, K, D, DV = 3, 37, 6, 2, 24, 20
 # Two cores, as v4 and v5p have them, share the parallel axes of the grid.
@@ -112,6 +112,13 @@ def test_hidden_keys_poison_nothing():
     key[0, 5:], value[0, 5:] = np.nan, np.inf
     for got, wanted in zip(launch(options, 16, [ARRAYS[0], key, value], interpret=True), clean, strict=True):
         np.testing.assert_array_equal(got, wanted)
+
+
+def test_lists_that_do_not_fit_in_scalar_memory_are_refused():
+    lists = [jax.ShapeDtypeStruct((64, 2048), jnp.int32)]
+    check_scalars(lists, 16)
+    with pytest.raises(ValueError, match="take 1048576 bytes.* of 32 keys in place of 16 would do"):
+        check_scalars(lists * 2, 16)
 
 
 def test_tiles_must_divide_pages():
