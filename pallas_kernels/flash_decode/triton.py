@@ -75,8 +75,8 @@ def _tile_input(given: TileInput, ref, place: Place, columns: int, tiles: Mappin
 
 
 def _kernel(static: Static, query_ref, key_ref, value_ref, live_ref, *rest):
-    table_ref, rest = (rest[0], rest[1:]) if static.pages.shared else (None, rest)
-    input_refs, (out_ref, lse_ref) = rest[:-2], rest[-2:]
+    of_pages = 1 if static.pages.shared else 0
+    table_ref, input_refs, (out_ref, lse_ref) = rest[:of_pages], rest[of_pages:-2], rest[-2:]
     source, _, _, head_dim, value_dim = static.shape
     split, kv_head, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     heads = out_ref.shape[0]
@@ -99,7 +99,7 @@ def _kernel(static: Static, query_ref, key_ref, value_ref, live_ref, *rest):
         for n in sorted(range(len(input_refs)), key=lambda n: static.inputs[n].center is not None):
             tiles[static.names[n]] = _tile_input(static.inputs[n], input_refs[n], place, source, tiles)
         visible = jnp.broadcast_to(static.pipeline.visible(place, tiles), (heads, static.block_k)) & (column < source)
-        page, part = static.pages.tile(b, j, static.block_k, lambda n: table_ref[n])
+        page, part = static.pages.tile(b, j, static.block_k, lambda n: table_ref[0][n])
         first = part * static.block_k
         key = load_rows(key_ref, (page,), kv_head, first, static.block_k, static.pages.size, head_dim)
         value = load_rows(value_ref, (page,), kv_head, first, static.block_k, static.pages.size, value_dim)

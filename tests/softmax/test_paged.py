@@ -7,6 +7,7 @@ import pytest
 
 import jattn
 from jattn.testing.compiling import quick_jit
+from jattn.testing.tolerance import assert_within_policy
 
 B, N, K, D, DV = 3, 6, 2, 24, 20
 PAGE, PAGES, COUNT = 32, 3, 11
@@ -179,6 +180,27 @@ def test_gradients_are_those_of_the_pages_put_together(kernel):
         found, expected = gradients(kernel), gradients("reference")
     for got, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_bfloat16_is_within_the_policy(kernel):
+    arrays = inputs()
+    low = [jnp.asarray(x, jnp.bfloat16) for x in arrays[:3]]
+    out, plain = (jattn.paged_attention(*low, *arrays[3:], implementation=which) for which in (kernel, "reference"))
+    assert out.dtype == jnp.bfloat16
+    with jax.enable_x64(True):
+        truth = jattn.paged_attention(*(np.asarray(x, np.float64) for x in low), *arrays[3:])
+    assert_within_policy(out, plain, np.asarray(truth))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_vmap_over_layers(kernel):
+    query, key, value, table, lengths = as_float32(inputs())
+    layers = [np.stack([x, x[::-1]]) for x in (query, key, value)]
+    run = lambda *arrays: jattn.paged_attention(*arrays, table, lengths, implementation=kernel)  # noqa: E731
+    found = quick_jit(jax.vmap(run))(*layers)
+    for n in range(2):
+        np.testing.assert_allclose(found[n], run(*(x[n] for x in layers)), rtol=1e-5, atol=1e-6)
 
 
 def test_what_does_not_fit_is_refused():
