@@ -114,6 +114,13 @@ def test_hidden_keys_poison_nothing():
         np.testing.assert_array_equal(got, wanted)
 
 
+def test_a_tile_may_be_longer_than_the_cache():
+    options = {"key_value_seq_lengths": np.array([5, 37, 37])}
+    parts = [launch(options, block, interpret=True) for block in (16, 64)]
+    for got, wanted in zip(*parts, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_lists_that_do_not_fit_in_scalar_memory_are_refused():
     lists = [jax.ShapeDtypeStruct((64, 2048), jnp.int32)]
     check_scalars(lists, 16)
