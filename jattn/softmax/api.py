@@ -175,6 +175,7 @@ def explain(query, key, value, bias=None, mask=None, *, implementation=None, **a
       blockwise: 4096 x 4096 pairs a head: tiles keep the memory linear and skip what no query sees
         not reference: it would hold 4096 x 4096 logits a head
         not triton: it runs on a gpu, this is a cpu
+        not tpu: it runs on a tpu, this is a cpu
     """
     arguments.pop("return_residual", None)
     given = {"query": query, "key": key, "value": value, "bias": bias, "mask": mask, **arguments}

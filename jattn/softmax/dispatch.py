@@ -11,8 +11,8 @@ import jax
 from jattn.softmax.platforms import current
 from jattn.softmax.problem import Problem
 
-IMPLEMENTATIONS = ("reference", "blockwise", "triton")
-KERNELS = {"triton": "gpu"}
+IMPLEMENTATIONS = ("reference", "blockwise", "triton", "tpu")
+KERNELS = {"triton": "gpu", "tpu": "tpu"}
 """Platform of each kernel."""
 VERIFIED: frozenset[str] = frozenset()
 """Kernels whose tests have passed on such a device, compiled and not interpreted; only these are chosen unasked."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,7 +17,7 @@ from jattn.softmax.masks import FULL, PARTIAL
 from jattn.softmax.normalizers import Softmax
 from jattn.softmax.predicates import head_entry
 from jattn.softmax.problem import Problem, drop_pairs, modify_logits
-from pallas_kernels.flash_attention.pipeline import Pipeline, TileInput, TileLists
+from pallas_kernels.flash_attention.pipeline import Backward, Pipeline, TileInput, TileLists
 
 
 def make_inputs(problem: Problem, sources: dict[str, Any]) -> dict[str, TileInput]:
@@ -97,7 +98,7 @@ def make_pipeline(problem: Problem, has_bias: bool) -> Pipeline:
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How a problem is cut: lists of both sides, and the class of every tile."""
+    """How a problem is cut: lists of both sides, and the class of every tile, numpy if it is known while tracing."""
 
     rows: TileLists
     columns: TileLists
@@ -115,9 +116,26 @@ def make_tiling(problem: Problem, block_q: int, block_k: int) -> Tiling:
     ragged[-1:] |= bool(length % block_q)
     ragged[:, -1:] |= bool(source % block_k)
     code = xp.where((code == FULL) & ragged, np.int8(PARTIAL), code)
-    return Tiling(_lists(code), _lists(code.swapaxes(2, 3)), jnp.asarray(code, jnp.int32))
+    return Tiling(_lists(code), _lists(code.swapaxes(2, 3)), code)
 
 
 def _lists(code: Any) -> TileLists:
     lists, exists = schedule.tile_lists(code)
     return TileLists(*lists, *exists)
+
+
+def make_backward(
+    sources: dict[str, Any], cotangents: Any, code: Any, like: dict[str, Any]
+) -> tuple[Backward, list[str]]:
+    """What backward kernels read besides, from cotangents of both sums; and the inputs whose cotangents are wanted."""
+    weighted, total = cotangents[0], jnp.swapaxes(cotangents[1], 1, 2)
+    lse = jnp.swapaxes(sources["rows"]["lse"], 1, 2) if "rows" in sources else jnp.zeros_like(total)
+    wanted = [f"operand {name}" for name in like.get("operands", {})] + (["bias"] if "bias" in like else [])
+    return Backward(weighted.astype(sources["value"].dtype), lse, total, code), wanted
+
+
+def named_cotangents(query: Any, key: Any, value: Any, inputs: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """Cotangents as a backward kernel returns them, under the names of the sources in `like` and in their dtypes."""
+    found: dict[str, Any] = {"query": query, "key": key, "value": value, "bias": inputs.get("bias")}
+    found["operands"] = {name: inputs[f"operand {name}"] for name in like.get("operands", {})}
+    return jax.tree.map(lambda x, y: x.reshape(y.shape).astype(y.dtype), {n: found[n] for n in like}, like)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +11,13 @@ import jax.numpy as jnp
 
 from jattn.softmax import platforms
 from jattn.softmax.decoding import live_tiles
-from jattn.softmax.kernel_arguments import make_inputs, make_pipeline, make_tiling
+from jattn.softmax.kernel_arguments import (
+    make_backward,
+    make_inputs,
+    make_pipeline,
+    make_tiling,
+    named_cotangents,
+)
 from jattn.softmax.normalizers import Pointwise, Softmax
 from jattn.softmax.problem import Problem
 from pallas_kernels.flash_attention import sizes as tile_sizes
@@ -125,21 +132,12 @@ def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: 
     """Transpose of the tangent of the sums: cotangents of both sums in, those of the sources named in `like` out."""
     sizes = _sizes(problem, sources, True)
     tiling = make_tiling(problem, sizes.block_q, sizes.block_k)
-    weighted, total = cotangents
-    if "rows" in sources:
-        lse = jnp.swapaxes(sources["rows"]["lse"], 1, 2)
-    else:
-        lse = jnp.zeros_like(jnp.swapaxes(total, 1, 2))
-    given = backward_kernel.Backward(
-        weighted.astype(sources["value"].dtype), lse, jnp.swapaxes(total, 1, 2), tiling.code, tiling.columns
-    )
-    wanted = [f"operand {name}" for name in like.get("operands", {})] + (["bias"] if "bias" in like else [])
+    given, wanted = make_backward(sources, cotangents, jnp.asarray(tiling.code, jnp.int32), like)
+    given = dataclasses.replace(given, columns=tiling.columns)
     query, key, value, inputs = backward_kernel.backward(
         **_arguments(problem, sources), lists=tiling.rows, sizes=sizes, given=given, wanted=wanted
     )
-    found: dict[str, Any] = {"query": query, "key": key, "value": value, "bias": inputs.get("bias")}
-    found["operands"] = {name: inputs[f"operand {name}"] for name in like.get("operands", {})}
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), {n: found[n] for n in like}, like)
+    return named_cotangents(query, key, value, inputs, like)
 
 
 def pulls(like: dict[str, Any]) -> bool:

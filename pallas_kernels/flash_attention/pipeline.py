@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -92,3 +92,49 @@ class Pipeline:
             raw = jnp.exp((logits if visible is None else jnp.where(visible, logits, -jnp.inf)) - lse)
         raw = raw if visible is None else jnp.where(visible, raw, 0)
         return (raw if self.drop is None else self.drop(raw, place, tiles)), raw
+
+    def pull(
+        self, products: Any, visible: Any, place: Place, tiles: Tiles, lse: Any, cotangents: Any, wanted: Sequence[str]
+    ) -> tuple[Any, Any, dict[str, Any]]:
+        """Weights after dropout, and cotangents of the products and of the wanted inputs.
+
+        `cotangents` are those of the weights after dropout `[Bq, Bk]` and of the rows' sums of weights before it
+        `[Bq, 1]`. An input that does not vary along the keys gets a cotangent `[Bq, 1]`.
+        """
+
+        def weigh(products, chosen):
+            return self.weights(products, visible, place, {**tiles, **chosen}, lse)
+
+        # A cotangent a row: fewer numbers are summed one after the other than in one for the whole tile.
+        chosen = {
+            n: x if jnp.ndim(x) and x.shape[1] != 1 else jnp.broadcast_to(x, (products.shape[0], 1))
+            for n, x in tiles.items()
+            if n in wanted
+        }
+        (weights, raw), pull = jax.vjp(weigh, products, chosen)
+        return weights, *pull((cotangents[0], jnp.broadcast_to(cotangents[1], raw.shape)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """What the backward kernels read beside the forward ones.
+
+    Args:
+        output: cotangent of the output (pointwise: of the unscaled sums), `[B, T, N, Dv]`.
+        lse: log-sum-exp of the rows `[B, N, T]`, 0 where a row sees nothing; zeros for pointwise normalizers.
+        total: cotangent of the sum of unnormalized weights of each row, `[B, N, T]` float32.
+        code: class of every tile, `[B|1, N|1, nQ, nK]`: 0 nothing is visible, 1 something is, 2 everything is.
+        columns: `TileLists` of query tiles by key tile, for kernels that walk along lists.
+    """
+
+    output: Any
+    lse: Any
+    total: Any
+    code: Any
+    columns: Any = None
+
+
+def summed_like(cotangent: Any, given: TileInput) -> Any:
+    """Sum of `[B, N, T|1, S|1]` over the axes that the input broadcasts over."""
+    axes = tuple(axis for axis, real in enumerate(given.reads) if not real)
+    return jnp.sum(cotangent, axis=axes, keepdims=True)

@@ -6,7 +6,6 @@ Everything is computed again from Q, K and the log-sum-exp; nothing is added con
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.flash_attention.pipeline import Pipeline, Place, TileInput, TileLists
+from pallas_kernels.flash_attention.pipeline import Backward, Pipeline, TileInput, TileLists, summed_like
 from pallas_kernels.flash_attention.sizes import TileSizes, padded
 from pallas_kernels.flash_attention.triton_tiles import (
     Static,
@@ -33,22 +32,6 @@ from pallas_kernels.flash_attention.triton_tiles import (
     whole_spec,
     without_unseen,
 )
-
-
-def _pulled(static: Static, products, visible, place: Place, tiles, lse, weighted_ct, total_ct, wanted: Sequence[str]):
-    """Weights, and cotangents of the products and of the wanted inputs, from those of weights and of their sums."""
-
-    def weigh(products, chosen):
-        return static.pipeline.weights(products, visible, place, {**tiles, **chosen}, lse)
-
-    # What does not vary along the keys gets a cotangent a row; fewer numbers are summed one after the other that way.
-    chosen = {
-        n: x if jnp.ndim(x) and x.shape[1] != 1 else jnp.broadcast_to(x, (products.shape[0], 1))
-        for n, x in tiles.items()
-        if n in wanted
-    }
-    (weights, raw), pull = jax.vjp(weigh, products, chosen)
-    return weights, pull((weighted_ct, jnp.broadcast_to(total_ct, raw.shape)))
 
 
 def _row_side(static: Static, refs, lead, h, i):
@@ -77,9 +60,8 @@ def _tile_pull(static: Static, key_refs, input_refs, lead, side, place_of, parti
     products = dot(static, query, key, trans_b=True) * static.scale
     weighted_ct = dot(static, output, value, trans_b=True)
     lse = lse if static.pipeline.phi is None else None
-    weights, (products_ct, inputs_ct) = _pulled(
-        static, products, visible, place, tiles, lse, weighted_ct, total, wanted
-    )
+    cotangents = (weighted_ct, total)
+    weights, products_ct, inputs_ct = static.pipeline.pull(products, visible, place, tiles, lse, cotangents, wanted)
     return query, output, key, weights, products_ct, inputs_ct
 
 
@@ -173,25 +155,6 @@ def _pair_kernel(static: Static, name: str, reads: tuple[bool, bool], *refs):
     plgpu.store(out, total, mask=rows[:, None] & columns[None, :])
 
 
-@dataclasses.dataclass(frozen=True)
-class Backward:
-    """What the backward kernels read beside the forward ones.
-
-    Args:
-        output: cotangent of the output (pointwise: of the unscaled sums), `[B, T, N, Dv]`.
-        lse: log-sum-exp of the rows `[B, N, T]`, 0 where a row sees nothing; zeros for pointwise normalizers.
-        total: cotangent of the sum of unnormalized weights of each row, `[B, N, T]` float32.
-        code: class of every tile, `[B|1, N|1, nQ, nK]` int32, 0 where nothing is visible; read for pair inputs.
-        columns: the lists seen from the keys: query tiles of every key tile.
-    """
-
-    output: Any
-    lse: Any
-    total: Any
-    code: Any
-    columns: TileLists
-
-
 def backward(
     query,
     key,
@@ -262,7 +225,7 @@ def backward(
         interpret,
         "flash_attention_backward_query",
     )
-    found = {n: _reduced(x[..., None], inputs[n]) for n, x in zip(of_rows, sums, strict=True)}
+    found = {n: summed_like(x[..., None], inputs[n]) for n, x in zip(of_rows, sums, strict=True)}
 
     turned = given.columns
     swapped = [turned.full_count, turned.full_index, turned.partial_count, turned.partial_index]
@@ -280,16 +243,10 @@ def backward(
         interpret,
         "flash_attention_backward_key",
     )
-    found |= {n: _reduced(x[:, :, None], inputs[n]) for n, x in zip(of_columns, sums, strict=True)}
+    found |= {n: summed_like(x[:, :, None], inputs[n]) for n, x in zip(of_columns, sums, strict=True)}
     for name in of_pairs:
         found[name] = _pairs(static, name, query, key, value, inputs, given, interpret)
     return query_ct, key_ct, value_ct, {n: found[n].astype(inputs[n].array.dtype) for n in wanted}
-
-
-def _reduced(cotangent, given: TileInput):
-    """Sum `[B, N, T|1, S|1]` over the axes that the input broadcasts over."""
-    axes = tuple(axis for axis, real in enumerate(given.reads) if not real)
-    return jnp.sum(cotangent, axis=axes, keepdims=True)
 
 
 def _pairs(static: Static, name: str, query, key, value, inputs, given: Backward, interpret: bool):

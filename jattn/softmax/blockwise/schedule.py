@@ -54,11 +54,16 @@ def make_schedule(problem: Problem, one_head: bool) -> Schedule:
     """
     code, blocks = tile_code(problem, one_head)
     if not one_head:
-        xp = np if isinstance(code, np.ndarray) else jnp
-        live, full = xp.any(code != DEAD, (0, 1), keepdims=True), xp.all(code == FULL, (0, 1), keepdims=True)
-        code = xp.where(full, np.int8(FULL), xp.where(live, np.int8(PARTIAL), np.int8(DEAD)))
+        code = joined_code(code)
     lists, exists = tile_lists(code)
     return Schedule(*lists, jnp.asarray(code), *blocks, *exists, guard=find_guard(problem))
+
+
+def joined_code(code):
+    """Class of every tile for all batch rows and heads together, `[1, 1, nQ, nK]`."""
+    xp = np if isinstance(code, np.ndarray) else jnp
+    live, full = xp.any(code != DEAD, (0, 1), keepdims=True), xp.all(code == FULL, (0, 1), keepdims=True)
+    return xp.where(full, np.int8(FULL), xp.where(live, np.int8(PARTIAL), np.int8(DEAD)))
 
 
 def tile_lists(code) -> tuple[list[Any], list[bool]]:

@@ -1,0 +1,149 @@
+"""The TPU kernel behind the softmax engine: what it takes, and how a `Problem` becomes its arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jattn.softmax import platforms
+from jattn.softmax.blockwise import schedule
+from jattn.softmax.kernel_arguments import (
+    make_backward,
+    make_inputs,
+    make_pipeline,
+    make_tiling,
+    named_cotangents,
+)
+from jattn.softmax.normalizers import Pointwise, Softmax
+from jattn.softmax.problem import Problem
+from pallas_kernels.flash_attention import tpu as kernel
+from pallas_kernels.flash_attention import tpu_backward as backward_kernel
+from pallas_kernels.flash_attention import tpu_sizes
+
+DTYPES = ("float32", "bfloat16", "float64")
+
+
+def unsupported(problem: Problem) -> str:
+    """Why the kernel cannot take a problem, with who can; empty if it can."""
+    dtypes = {str(x.dtype) for x in (problem.query, problem.key, problem.value)}
+    reason = ""
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        reason = f"queries, keys and values of {', '.join(sorted(dtypes))}; it takes one of {', '.join(DTYPES)}"
+    elif dtypes == {"float64"} and not interpreted():
+        reason = "float64 outside of the interpreter"
+    elif jax.tree.leaves(problem.mask):
+        reason = "a mask that holds arrays (one that is a function of positions alone, or a boolean array, it takes)"
+    elif not isinstance(problem.normalizer, Softmax | Pointwise):
+        reason = f"the normalizer {type(problem.normalizer).__name__}, which needs two passes"
+    elif _tables(problem) and (problem.query_positions is not None or problem.key_positions is not None):
+        reason = "a table of offsets beside explicit positions"
+    else:
+        reason = _layout_reason(problem) or _lists_reason(problem)
+    return reason and f"it does not take {reason}; 'blockwise' does"
+
+
+def remark(problem: Problem) -> str:
+    """What does not go through the kernel although the problem does: nothing."""
+    return ""
+
+
+def _tables(problem: Problem) -> bool:
+    return any(x.ndim == 3 for x in problem.operands.values())
+
+
+def _layout_reason(problem: Problem) -> str:
+    layout = problem.layout
+    if layout is None:
+        return ""
+    if layout.query_perm is not None or layout.key_perm is not None:
+        return "a block layout that permutes tokens"
+    if jax.tree.leaves(layout.predicate):
+        return "a block layout whose predicate holds arrays"
+    try:
+        for backward in (False, True):
+            _sizes(problem, {"query": problem.query, "value": problem.value}, backward)
+    except ValueError as error:
+        return f"a block layout with these tiles ({error})"
+    return ""
+
+
+def _lists_reason(problem: Problem) -> str:
+    if problem.layout is None:
+        return ""
+    sizes = [_sizes(problem, {"query": problem.query, "value": problem.value}, backward) for backward in (False, True)]
+    asked = max(_list_bytes(problem, x) for x in sizes)
+    if asked <= tpu_sizes.SCALAR_MEMORY:
+        return ""
+    return (
+        f"a block layout of so many tiles: their list may take {asked} bytes of scalar memory, "
+        f"there are {tpu_sizes.SCALAR_MEMORY}; larger tiles make it shorter"
+    )
+
+
+def _list_bytes(problem: Problem, sizes: tpu_sizes.TpuTiles) -> int:
+    """Of the longest list of tiles that may be needed: one for every batch row and head."""
+    batch, length, source, num_heads, _ = problem.sizes
+    return 4 * batch * num_heads * -(-length // sizes.block_q) * -(-source // sizes.block_k)
+
+
+def _sizes(problem: Problem, sources: dict[str, Any], backward: bool) -> tpu_sizes.TpuTiles:
+    query, value = sources["query"], sources["value"]
+    widths = (query.shape[-1], value.shape[-1], query.dtype.itemsize)
+    blocks = problem.block_sizes
+    if problem.layout is not None:
+        blocks = (problem.layout.query_block, problem.layout.key_block)
+    if blocks is None:
+        return tpu_sizes.choose(*widths, backward)
+    sizes = tpu_sizes.TpuTiles(*blocks)
+    tpu_sizes.check(sizes, *widths, backward)
+    return sizes
+
+
+def _code(problem: Problem, sizes: tpu_sizes.TpuTiles) -> Any:
+    """Class of every tile; of all batch rows and heads together where scalar memory could not hold a list for each."""
+    code = make_tiling(problem, sizes.block_q, sizes.block_k).code
+    if problem.layout is not None or _list_bytes(problem, sizes) <= tpu_sizes.SCALAR_MEMORY:
+        return code
+    # Masks are evaluated in partial tiles, so what is dead for one head only is masked there.
+    return schedule.joined_code(code)
+
+
+def interpreted() -> bool:
+    """Whether the kernel runs in Pallas' interpreter: where there is no TPU, so that it can be tested."""
+    return platforms.current().name != "tpu"
+
+
+def _arguments(problem: Problem, sources: dict[str, Any]) -> dict[str, Any]:
+    """What all kernels are given, by name."""
+    return {
+        "query": sources["query"],
+        "key": sources["key"],
+        "value": sources["value"],
+        "inputs": make_inputs(problem, sources),
+        "pipeline": make_pipeline(problem, "bias" in sources),
+        "scale": problem.scale,
+        "precision": problem.precision,
+        "interpret": interpreted(),
+    }
+
+
+def forward(problem: Problem, sources: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """Output `[B, T, N, Dv]` and lse `[B, T, N]`; for pointwise normalizers unscaled sums and sums of weights."""
+    sizes = _sizes(problem, sources, False)
+    out, lse = kernel.forward(**_arguments(problem, sources), code=_code(problem, sizes), sizes=sizes)
+    return out, jnp.swapaxes(lse, 1, 2)
+
+
+def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: dict[str, Any]) -> dict[str, Any]:
+    """Transpose of the tangent of the sums: cotangents of both sums in, those of the sources named in `like` out."""
+    sizes = _sizes(problem, sources, True)
+    given, wanted = make_backward(sources, cotangents, _code(problem, sizes), like)
+    found = backward_kernel.backward(**_arguments(problem, sources), sizes=sizes, given=given, wanted=wanted)
+    return named_cotangents(*found, like)
+
+
+def pulls(like: dict[str, Any]) -> bool:
+    """Whether the kernel has all of these gradients: it has none of what rows carry."""
+    return "rows" not in like
