@@ -10,6 +10,7 @@ from jattn.softmax.layout import BlockLayout
 from jattn.softmax.masks import Mask
 from jattn.softmax.merge import merge_lse
 from jattn.softmax.normalizers import Normalizer
+from jattn.softmax.paged import paged_attention
 from jattn.softmax.score_mods import Operand, ScoreMod
 from jattn.softmax.segments import renumber_segments
 from jattn.softmax.topk import topk_mask
@@ -30,6 +31,7 @@ __all__ = [
     "masks",
     "merge_lse",
     "normalizers",
+    "paged_attention",
     "renumber_segments",
     "score_mods",
     "topk_mask",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jattn.softmax import platforms
 from jattn.softmax.blockwise import schedule
+from jattn.softmax.decoding import live_tiles
 from jattn.softmax.kernel_arguments import (
     gathers,
     make_backward,
@@ -22,6 +23,7 @@ from jattn.softmax.problem import Problem, slot_tokens
 from pallas_kernels.flash_attention import tpu as kernel
 from pallas_kernels.flash_attention import tpu_backward as backward_kernel
 from pallas_kernels.flash_attention import tpu_sizes
+from pallas_kernels.flash_decode import tpu as decode_kernel
 
 DTYPES = ("float32", "bfloat16", "float64")
 
@@ -134,10 +136,16 @@ def _arguments(problem: Problem, sources: dict[str, Any]) -> dict[str, Any]:
 
 def forward(problem: Problem, sources: dict[str, Any], dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Output `[B, T, N, Dv]` in `dtype`, lse `[B, T, N]`; pointwise: unscaled sums, and sums of weights."""
-    sizes = _sizes(problem, sources, False)
     arguments = _arguments(problem, sources)
-    out, lse = kernel.forward(**arguments, code=_code(problem, sizes), sizes=sizes, out_dtype=dtype)
-    return out, jnp.swapaxes(lse, 1, 2)
+    if problem.sizes[1] == 1 and problem.layout is None:
+        key, value = sources["key"], sources["value"]
+        block = decode_kernel.tile_keys(key.shape[2], key.shape[3], value.shape[3], key.dtype.itemsize)
+        block = block if problem.block_sizes is None else problem.block_sizes[1]
+        out, lse = decode_kernel.forward(**arguments, live=live_tiles(problem, block), block_k=block)
+    else:
+        sizes = _sizes(problem, sources, False)
+        out, lse = kernel.forward(**arguments, code=_code(problem, sizes), sizes=sizes, out_dtype=dtype)
+    return out.astype(dtype), jnp.swapaxes(lse, 1, 2)
 
 
 def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.softmax import platforms
-from jattn.softmax.blockwise import schedule
+from jattn.softmax.decoding import live_tiles
 from jattn.softmax.kernel_arguments import (
     gather_reason,
     gathers_pairs,
@@ -20,7 +20,6 @@ from jattn.softmax.kernel_arguments import (
     make_tiling,
     named_cotangents,
 )
-from jattn.softmax.masks import DEAD
 from jattn.softmax.normalizers import Pointwise, Softmax
 from jattn.softmax.problem import Problem, slot_tokens
 from pallas_kernels.flash_attention import sizes as tile_sizes
@@ -113,12 +112,10 @@ def _arguments(problem: Problem, sources: dict[str, Any]) -> dict[str, Any]:
 def forward(problem: Problem, sources: dict[str, Any], dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Output `[B, T, N, Dv]` in `dtype`, lse `[B, T, N]`; pointwise: unscaled sums, and sums of weights."""
     arguments = _arguments(problem, sources)
-    _, length, source, _, _ = problem.sizes
+    length = problem.sizes[1]
     if length == 1 and problem.layout is None:
         block = DECODE_BLOCK if problem.block_sizes is None else problem.block_sizes[1]
-        code, _ = schedule.tile_code(dataclasses.replace(problem, block_sizes=(1, min(block, source))), True)
-        live = jnp.asarray((code != DEAD).any((1, 2)), jnp.int32)
-        out, lse = decode_kernel.forward(**arguments, live=live, block_k=block)
+        out, lse = decode_kernel.forward(**arguments, live=live_tiles(problem, block), block_k=block)
     else:
         sizes = _sizes(problem, sources, False)
         tiling = make_tiling(problem, sizes.block_q, sizes.block_k)

@@ -19,6 +19,8 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.flash_attention.pipeline import Pipeline, Place, TileInput
 from pallas_kernels.flash_attention.sizes import padded
 from pallas_kernels.flash_attention.triton_tiles import gather, input_spec, keep_rows, load_rows, whole_spec
+from pallas_kernels.flash_decode.joining import join
+from pallas_kernels.flash_decode.pages import Pages, check_block, pages_of
 
 PROGRAMS = 264
 """Programs that keep a large GPU busy: two for each of its multiprocessors."""
@@ -32,6 +34,7 @@ class Static:
     block_k: int
     tiles: int  # of keys that one program visits, at most
     shape: tuple[int, int, int, int, int]  # S, N, K, D, Dv
+    pages: Pages
     scale: float
     precision: Any
     names: tuple[str, ...]
@@ -74,7 +77,8 @@ def _tile_input(given: TileInput, ref, place: Place, columns: int, tiles: Mappin
 
 
 def _kernel(static: Static, query_ref, key_ref, value_ref, live_ref, *rest):
-    input_refs, (out_ref, lse_ref) = rest[:-2], rest[-2:]
+    of_pages = 1 if static.pages.shared else 0
+    table_ref, input_refs, (out_ref, lse_ref) = rest[:of_pages], rest[of_pages:-2], rest[-2:]
     source, _, _, head_dim, value_dim = static.shape
     split, kv_head, b = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     heads = out_ref.shape[0]
@@ -97,8 +101,10 @@ def _kernel(static: Static, query_ref, key_ref, value_ref, live_ref, *rest):
         for n in sorted(range(len(input_refs)), key=lambda n: static.inputs[n].center is not None):
             tiles[static.names[n]] = _tile_input(static.inputs[n], input_refs[n], place, source, tiles)
         visible = jnp.broadcast_to(static.pipeline.visible(place, tiles), (heads, static.block_k)) & (column < source)
-        key = load_rows(key_ref, (), kv_head, start, static.block_k, source, head_dim)
-        value = load_rows(value_ref, (), kv_head, start, static.block_k, source, value_dim)
+        page, part = static.pages.tile(b, j, static.block_k, lambda n: table_ref[0][n])
+        first = part * static.block_k
+        key = load_rows(key_ref, (page,), kv_head, first, static.block_k, static.pages.size, head_dim)
+        value = load_rows(value_ref, (page,), kv_head, first, static.block_k, static.pages.size, value_dim)
         if static.pipeline.guard:
             seen = jnp.max(visible.astype(jnp.int32), axis=0)[:, None]
             key, value = keep_rows(key, seen), keep_rows(value, seen)
@@ -139,6 +145,7 @@ def forward(
     block_k: int,
     *,
     scale: float,
+    block_table: jax.Array | None = None,
     precision: Any = None,
     splits: int | None = None,
     interpret: bool = False,
@@ -147,22 +154,29 @@ def forward(
 
     Args:
         query: `[B, 1, N, D]`.
-        key: `[B, S, K, D]`; K divides N.
-        value: `[B, S, K, Dv]`.
+        key: `[B, S, K, D]`, K divides N; or a pool `[P, page, K, D]`, and S is M times the page below.
+        value: `[B, S, K, Dv]`, or a pool `[P, page, K, Dv]`.
         live: which tiles of keys some head sees, int32 `[B|1, ceil(S / block_k)]`.
         inputs: what tiles read besides, by name, as in `pallas_kernels.flash_attention`.
         pipeline: what happens between the products; `place.h` holds one head a row.
         block_k: keys of a tile.
         scale: of the logits.
+        block_table: int32 `[B, M]`: token t of row b is token t % page of the pool's page `block_table[b, t // page]`.
+            Entries without a live tile are not read.
         precision: of the products of float32.
         splits: parts of the keys; chosen by the number of programs if not given.
         interpret: whether to run in Pallas' interpreter.
 
     Returns:
         `[B, 1, N, Dv]` and `[B, N, 1]`, float32 at least; -inf where nothing is seen.
+
+    Raises:
+        ValueError: tiles of keys that do not divide the pages.
     """
     batch, _, num_heads, head_dim = query.shape
-    source, kv_heads, value_dim = key.shape[1], key.shape[2], value.shape[3]
+    pages, source = pages_of(key, block_table)
+    check_block(pages, block_k)
+    kv_heads, value_dim = value.shape[2:]
     group, tiles = num_heads // kv_heads, pl.cdiv(source, block_k)
     parts = choose_splits(batch, kv_heads, tiles) if splits is None else splits
     each = pl.cdiv(tiles, parts)
@@ -170,13 +184,13 @@ def forward(
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     bare = tuple(dataclasses.replace(x, array=jax.typeof(x.array)) for x in inputs.values())
     shape = (source, num_heads, kv_heads, head_dim, value_dim)
-    static = Static(pipeline, block_k, each, shape, scale, precision, tuple(inputs), bare, dtype)
+    static = Static(pipeline, block_k, each, shape, pages, scale, precision, tuple(inputs), bare, dtype)
     # Heads of a group as rows of one tile: [B, group, K, D].
     grouped = jnp.swapaxes(query.reshape(batch, kv_heads, group, head_dim), 1, 2)
-    arrays = [grouped, key, value, live, *(x.array for x in inputs.values())]
-    widths = (padded(head_dim), padded(head_dim), padded(value_dim), None)
-    specs = [whole_spec(x, width) for x, width in zip(arrays, widths, strict=False)]
-    specs += [input_spec(x) for x in inputs.values()]
+    of_rows = [live] if block_table is None else [live, block_table]
+    arrays = [grouped, key, value, *of_rows, *(x.array for x in inputs.values())]
+    specs = [whole_spec(grouped, padded(head_dim)), _pool_spec(key), _pool_spec(value)]
+    specs += [whole_spec(x) for x in of_rows] + [input_spec(x) for x in inputs.values()]
     rows, lanes = padded(group), padded(value_dim)
     out, lse = pl.pallas_call(
         functools.partial(_kernel, static),
@@ -198,14 +212,6 @@ def forward(
     return out.reshape(batch, 1, num_heads, value_dim), lse.reshape(batch, num_heads, 1)
 
 
-def join(out, lse, softmax: bool) -> tuple[jax.Array, jax.Array]:
-    """Partial outputs `[B, K, parts, group, Dv]` and log-sum-exps `[B, K, parts, group]` as those of all keys."""
-    if not softmax:
-        return out.sum(2), lse.sum(2)
-    largest = lse.max(2, keepdims=True)
-    shift = jnp.where(largest == -jnp.inf, 0, largest)
-    share = jnp.exp(lse - shift)
-    total = share.sum(2)
-    alive = total != 0
-    joined = (share[..., None] * out).sum(2) / jnp.where(alive, total, 1)[..., None]
-    return joined, jnp.where(alive, shift[:, :, 0] + jnp.log(jnp.where(alive, total, 1)), -jnp.inf)
+def _pool_spec(pool) -> pl.BlockSpec:
+    """All of a pool, the last axis filled up."""
+    return pl.BlockSpec((*pool.shape[:-1], padded(pool.shape[-1])), lambda *_: (0,) * pool.ndim)

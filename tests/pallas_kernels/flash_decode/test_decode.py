@@ -7,7 +7,8 @@ import pytest
 
 import jattn
 from jattn.testing.compiling import quick_jit
-from pallas_kernels.flash_decode.triton import choose_splits, forward, join
+from pallas_kernels.flash_decode.joining import join
+from pallas_kernels.flash_decode.triton import choose_splits, forward
 
 B, S, N, K, D, DV = 2, 77, 6, 2, 24, 20
 
