@@ -22,6 +22,7 @@ from pallas_kernels.flash_attention.triton_tiles import (
     Static,
     all_specs,
     call_kernel,
+    computed_once,
     dot,
     make_static,
     real_axes,
@@ -74,6 +75,8 @@ def _key_kernel(static: Static, wanted: Sequence[str], *refs):
             done = tile_pull(static, (key_ref, value_ref), input_refs, (), side, (b, h, i, j), partial, wanted)
             query, output, _, weights, products_ct, inputs_ct = done
             key_ct, value_ct, sums = state
+            if static.pipeline.drop is not None:
+                weights, products_ct = computed_once(weights), computed_once(products_ct)
             key_ct = key_ct + dot(static, products_ct.astype(query.dtype), query, trans_a=True)
             value_ct = value_ct + dot(static, weights.astype(output.dtype), output, trans_a=True)
             return key_ct, value_ct, {n: sums[n] + inputs_ct[n].reshape(-1).astype(static.dtype) for n in wanted}

@@ -182,6 +182,15 @@ def without_unseen(static: Static, visible, axis: int, *arrays):
     return tuple(keep_rows(x, seen) for x in arrays)
 
 
+def computed_once(tile):
+    """The tile, which Triton does not compute again in the layout of a product.
+
+    It would do so with long chains of cheap operations, such as dropout's cipher, at a cost in compile time that grows
+    beyond all bounds where the product turns the tile; it does not pass a reduction, even of an axis of length one.
+    """
+    return jnp.max(tile[..., None], axis=-1)
+
+
 def keep_rows(array, seen):
     """The rows for which `seen` is 1, 0 in place of those for which it is 0.
 

@@ -81,6 +81,21 @@ def test_a_single_query():
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_vmap_over_the_arrays_of_a_mask():
+    arrays, lengths = inputs(), np.array([[5, 20], [29, 1], [0, 7]])
+
+    def gradients(lengths, implementation):
+        def loss(arrays):
+            mask = jattn.masks.prefix(lengths) & jattn.masks.local_window(9, None)
+            return jnp.sin(jattn.dot_product_attention(**arrays, mask=mask, implementation=implementation)).sum()
+
+        return jax.grad(loss)(arrays)
+
+    found, expected = (jax.vmap(lambda n, name=name: gradients(n, name))(lengths) for name in ("triton", "reference"))
+    for name in arrays:
+        np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
+
+
 def perm(length, slots, *lead, seed=0):
     """Tokens in random slots, `[*lead, slots]`; the slots that are left over are empty."""
     draws = np.random.default_rng(seed)
