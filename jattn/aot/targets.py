@@ -96,6 +96,8 @@ def devices(target: Target) -> list[Any]:
                 platform="cuda", topology_name="", target_config=_description(target), topology="1x1x4"
             )
         else:
+            # Several processes may compile, since none of them holds a device.
+            os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
             # Without these the runtime looks for the machines of a pod.
             os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
             os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")

@@ -14,7 +14,7 @@ from jattn.softmax.kernel_arguments import make_inputs, make_pipeline
 from pallas_kernels.flash_decode import tpu
 
 pytestmark = [
-    pytest.mark.aot_tpu,
+    pytest.mark.aot,
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install 'jattn[aot-tpu]'"),
 ]
 TPUS = ["v4", "v5e", "v5p", "v6e"]

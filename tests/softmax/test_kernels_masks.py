@@ -82,7 +82,7 @@ def test_a_single_query():
 
 
 def test_vmap_over_the_arrays_of_a_mask():
-    arrays, lengths = inputs(), np.array([[5, 20], [29, 1], [0, 7]])
+    arrays, lengths = inputs(TRITON), np.array([[5, 20], [29, 1], [0, 7]])
 
     def gradients(lengths, implementation):
         def loss(arrays):
