@@ -72,7 +72,8 @@ def _layout_reason(problem: Problem) -> str:
 def _sizes(problem: Problem, sources: dict[str, Any], backward: bool) -> tile_sizes.TileSizes:
     query, value = sources["query"], sources["value"]
     widths = (query.shape[-1], value.shape[-1], query.dtype.itemsize)
-    capability = platforms.current().capability or "9.0"
+    platform = platforms.current()
+    capability = platform.capability or "9.0"
     if problem.layout is not None:
         blocks = (problem.layout.query_block, problem.layout.key_block)
         warps = 8 if blocks[0] * blocks[1] > 64 * 64 else 4
@@ -87,7 +88,7 @@ def _sizes(problem: Problem, sources: dict[str, Any], backward: bool) -> tile_si
         sizes = tile_sizes.TileSizes(*problem.block_sizes)
         tile_sizes.check(sizes, *widths, backward, capability)
         return sizes
-    return tile_sizes.choose(*widths, backward, capability)
+    return tile_sizes.choose(*widths, backward, capability, platform.kind)
 
 
 def interpreted() -> bool:
