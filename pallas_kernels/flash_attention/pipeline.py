@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -59,6 +60,7 @@ class TileLists:
 
 
 Tiles = Mapping[str, Any]
+LOG2_E = math.log2(math.e)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,17 @@ class Pipeline:
             products = jnp.where(visible, products, 0)
         return products if self.modify is None else self.modify(products, place, tiles)
 
+    def exponents(self, products: Any, scale: float, visible: Any, place: Place, tiles: Tiles) -> tuple[Any, float]:
+        """What the softmax raises 2 to the power of, up to a factor, which comes second; -inf where not visible.
+
+        The factor is left to the exponential, where it costs nothing: 2 ** (x * factor - y) is one fused operation.
+        """
+        if self.modify is None and scale > 0:
+            logits, factor = products, scale * LOG2_E
+        else:
+            logits, factor = self.logits(products * scale, visible, place, tiles), LOG2_E
+        return (logits if visible is None else jnp.where(visible, logits, -jnp.inf)), factor
+
     def weights(self, products: Any, visible: Any, place: Place, tiles: Tiles, lse: Any) -> tuple[Any, Any]:
         """Weights after dropout, and before it; `lse` `[Bq, 1]` is 0 where a row sees nothing, None without softmax."""
         logits = self.logits(products, visible, place, tiles)
@@ -96,13 +109,27 @@ class Pipeline:
         return (raw if self.drop is None else self.drop(raw, place, tiles)), raw
 
     def pull(
-        self, products: Any, visible: Any, place: Place, tiles: Tiles, lse: Any, cotangents: Any, wanted: Sequence[str]
+        self,
+        products: Any,
+        scale: float,
+        visible: Any,
+        place: Place,
+        tiles: Tiles,
+        lse: Any,
+        cotangents: Any,
+        wanted: Sequence[str],
     ) -> tuple[Any, Any, dict[str, Any]]:
-        """Weights after dropout, and cotangents of the products and of the wanted inputs.
+        """Weights after dropout, and cotangents of the scaled products and of the wanted inputs.
 
         `cotangents` are those of the weights after dropout `[Bq, Bk]` and of the rows' sums of weights before it
         `[Bq, 1]`. An input that does not vary along the keys gets a cotangent `[Bq, 1]`.
         """
+        if self.modify is None and self.phi is None and self.drop is None:
+            weights = jnp.exp2(products * (scale * LOG2_E) - lse * LOG2_E)
+            products_ct = weights * (cotangents[0] + cotangents[1])
+            if visible is not None:
+                weights, products_ct = jnp.where(visible, weights, 0), jnp.where(visible, products_ct, 0)
+            return weights, products_ct, {}
 
         def weigh(products, chosen):
             return self.weights(products, visible, place, {**tiles, **chosen}, lse)
@@ -113,7 +140,7 @@ class Pipeline:
             for n, x in tiles.items()
             if n in wanted
         }
-        (weights, raw), pull = jax.vjp(weigh, products, chosen)
+        (weights, raw), pull = jax.vjp(weigh, products * scale, chosen)
         return weights, *pull((cotangents[0], jnp.broadcast_to(cotangents[1], raw.shape)))
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.flash_attention.pipeline import Pipeline, TileInput
+from pallas_kernels.flash_attention.pipeline import LOG2_E, Pipeline, TileInput
 from pallas_kernels.flash_attention.tpu_sizes import TpuTiles
 from pallas_kernels.flash_attention.tpu_tiles import (
     Static,
@@ -63,19 +63,17 @@ def _forward_kernel(static: Static, walk: Walk, steps_ref, *refs):
         tiles = load_tiles(static, input_refs, place, i, j, partial)
         visible = visible_pairs(static, place, tiles) if partial else None
         (value,) = seen_keys(static, visible, value_ref[...])
-        products = dot(static, query_ref[...], key_ref[...], (1, 1)) * static.scale
+        products = dot(static, query_ref[...], key_ref[...], (1, 1))
         if not softmax:
-            weights, raw = static.pipeline.weights(products, visible, place, tiles, None)
+            weights, raw = static.pipeline.weights(products * static.scale, visible, place, tiles, None)
             total_ref[...] += raw.sum(1, keepdims=True)
             weighted_ref[...] += dot(static, weights.astype(value.dtype), value, (1, 0))
             return
-        logits = static.pipeline.logits(products, visible, place, tiles)
-        if visible is not None:
-            logits = jnp.where(visible, logits, -jnp.inf)
+        logits, factor = static.pipeline.exponents(products, static.scale, visible, place, tiles)
         old = maximum_ref[...]
-        new = jnp.maximum(old, logits.max(1, keepdims=True))
+        new = jnp.maximum(old, logits.max(1, keepdims=True) * factor)
         shift = jnp.where(new == -jnp.inf, 0.0, new)
-        raw, decay = jnp.exp(logits - shift), jnp.exp(old - shift)
+        raw, decay = jnp.exp2(logits * factor - shift), jnp.exp2(old - shift)
         weights = raw if static.pipeline.drop is None else static.pipeline.drop(raw, place, tiles)
         maximum_ref[...] = new
         total_ref[...] = total_ref[...] * decay + raw.sum(1, keepdims=True)
@@ -89,7 +87,7 @@ def _forward_kernel(static: Static, walk: Walk, steps_ref, *refs):
         if softmax:
             alive = total != 0.0
             safe = jnp.where(alive, total, 1.0)
-            total = jnp.where(alive, maximum_ref[...] + jnp.log(safe), -jnp.inf)
+            total = jnp.where(alive, maximum_ref[...] / LOG2_E + jnp.log(safe), -jnp.inf)
             weighted = weighted / safe
         out_ref[...] = weighted.astype(out_ref.dtype)
         lse_ref[...] = total.T

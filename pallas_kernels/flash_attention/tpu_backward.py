@@ -56,11 +56,11 @@ def _tile_pull(static: Static, refs, input_refs, place_of, partial: bool, wanted
     key, value = seen_keys(static, visible, key_ref[...], value_ref[...])
     rows = (query_ref[...], output_ref[...], lse_ref[...].T, total_ref[...].T)
     query, output, lse, total = seen_rows(static, visible, *rows)
-    products = dot(static, query, key, (1, 1)) * static.scale
+    products = dot(static, query, key, (1, 1))
     cotangents = (dot(static, output, value, (1, 1)), total)
     lse = lse if static.pipeline.phi is None else None
-    weights, products_ct, inputs_ct = static.pipeline.pull(products, visible, place, tiles, lse, cotangents, wanted)
-    return query, output, key, weights, products_ct, inputs_ct
+    pulled = static.pipeline.pull(products, static.scale, visible, place, tiles, lse, cotangents, wanted)
+    return query, output, key, *pulled
 
 
 def _query_kernel(static: Static, walk: Walk, rows, tables, steps_ref, *refs):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.flash_attention.pipeline import Pipeline, TileInput, TileLists
+from pallas_kernels.flash_attention.pipeline import LOG2_E, Pipeline, TileInput, TileLists
 from pallas_kernels.flash_attention.sizes import TileSizes, padded
 from pallas_kernels.flash_attention.triton_tiles import (
     Static,
@@ -53,16 +53,14 @@ def _forward_kernel(static: Static, *refs):
         (value,) = without_unseen(static, visible, 0, value)
         (seen_query,) = without_unseen(static, visible, 1, query)
         (key,) = without_unseen(static, visible, 0, key)
-        products = dot(static, seen_query, key, trans_b=True) * static.scale
+        products = dot(static, seen_query, key, trans_b=True)
         if not softmax:
-            weights, raw = static.pipeline.weights(products, visible, place, tiles, None)
+            weights, raw = static.pipeline.weights(products * static.scale, visible, place, tiles, None)
             return maximum, total + raw.sum(1), weighted + dot(static, weights.astype(value.dtype), value)
-        logits = static.pipeline.logits(products, visible, place, tiles)
-        if visible is not None:
-            logits = jnp.where(visible, logits, -jnp.inf)
-        new = jnp.maximum(maximum, jnp.max(logits, axis=1))
+        logits, factor = static.pipeline.exponents(products, static.scale, visible, place, tiles)
+        new = jnp.maximum(maximum, jnp.max(logits, axis=1) * factor)
         shift = jnp.where(new == -jnp.inf, 0.0, new)
-        raw, decay = jnp.exp(logits - shift[:, None]), jnp.exp(maximum - shift)
+        raw, decay = jnp.exp2(logits * factor - shift[:, None]), jnp.exp2(maximum - shift)
         weights = raw if static.pipeline.drop is None else static.pipeline.drop(raw, place, tiles)
         return (
             new,
@@ -74,7 +72,7 @@ def _forward_kernel(static: Static, *refs):
     if softmax:
         alive = total != 0.0
         safe = jnp.where(alive, total, 1.0)
-        total = jnp.where(alive, maximum + jnp.log(safe), -jnp.inf)
+        total = jnp.where(alive, maximum / LOG2_E + jnp.log(safe), -jnp.inf)
         weighted = weighted / safe[:, None]
     rows = i * sizes.block_q + jnp.arange(sizes.block_q) < length
     lanes = jnp.arange(out_ref.shape[-1]) < value_dim

@@ -39,9 +39,9 @@ def tile_pull(static: Static, key_refs, input_refs, lead, side, place_of, partia
     value = load_rows(key_refs[1], lead, h // static.group, starts[1], sizes.block_k, source, value_dim)
     key, value = without_unseen(static, visible, 0, key, value)
     query, output, total = without_unseen(static, visible, 1, query, output, total)
-    products = dot(static, query, key, trans_b=True) * static.scale
+    products = dot(static, query, key, trans_b=True)
     weighted_ct = dot(static, output, value, trans_b=True)
     lse = lse if static.pipeline.phi is None else None
     cotangents = (weighted_ct, total)
-    weights, products_ct, inputs_ct = static.pipeline.pull(products, visible, place, tiles, lse, cotangents, wanted)
-    return query, output, key, weights, products_ct, inputs_ct
+    pulled = static.pipeline.pull(products, static.scale, visible, place, tiles, lse, cotangents, wanted)
+    return query, output, key, *pulled
