@@ -11,9 +11,9 @@ import jax
 from jattn.softmax.platforms import current
 from jattn.softmax.problem import Problem
 
-IMPLEMENTATIONS = ("reference", "blockwise", "triton")
-KERNELS = {"triton": "gpu"}
-"""Platform of each kernel."""
+IMPLEMENTATIONS = ("reference", "blockwise", "mosaic_gpu", "triton")
+KERNELS = {"mosaic_gpu": "gpu", "triton": "gpu"}
+"""Platform of each kernel; of those of one platform the first is preferred."""
 VERIFIED: frozenset[str] = frozenset()
 """Kernels whose tests have passed on such a device, compiled and not interpreted; only these are chosen unasked."""
 # Below this many pairs a head, one fused quadratic program beats a loop over tiles (measured with
@@ -78,7 +78,8 @@ def choose(problem: Problem, implementation: str | None) -> Explanation:
             others[name] = _why_not(name, problem)
         if not others[name]:
             rest = dict.fromkeys((n for n in IMPLEMENTATIONS if n != name), f"{name} is faster on a {home}")
-            return Explanation(name, f"one fused kernel on {platform}", rest)
+            refused = {n: why for n, why in others.items() if why}
+            return Explanation(name, f"one fused kernel on {platform}", rest | refused)
     if length * source <= _SMALL_PAIRS:
         why = f"{length} x {source} pairs a head are few enough for one quadratic program on {platform}"
         return Explanation("reference", why, {"blockwise": "its loop pays off beyond 512 x 512 pairs", **others})
