@@ -65,8 +65,9 @@ def dot_product_attention(
       key_value_seq_lengths: `[B]`, keys from there on are padding.
       local_window_size: (left, right) or an int for both: i - left <= j <= i + right.
       implementation: None (by platform and shape), "reference", "blockwise", "xla" (one of the two by shape),
-        "triton" (one fused kernel on NVIDIA GPUs from Ampere on; elsewhere in the interpreter of Pallas, for tests), or
-        "cudnn" (NVIDIA's library through jax.nn: float16 and bfloat16, plain, causal, windowed or with key lengths).
+        "triton" (one fused kernel on NVIDIA GPUs from Ampere on), "tpu" (one on TPUs), both elsewhere in Pallas'
+        interpreter, for tests; "mosaic_gpu" (one for Hopper GPUs alone, bfloat16 and float16), or "cudnn" (NVIDIA's
+        library through jax.nn: float16 and bfloat16, plain, causal, windowed or with key lengths).
       return_residual: also return the log-sum-exp of the visible logits (without sinks).
       segment_ids: `[B, T]`, or a pair of `[B, T]` and `[B, S]`: equal ids see each other, negative = padding.
       query_positions: `[B|1, T]` integers that is_causal, windows, masks and score mods see instead of 0..T-1.
@@ -177,6 +178,7 @@ def explain(query, key, value, bias=None, mask=None, *, implementation=None, **a
       >>> print(jattn.explain(x, x, x, is_causal=True))
       blockwise: 4096 x 4096 pairs a head: tiles keep the memory linear and skip what no query sees
         not reference: it would hold 4096 x 4096 logits a head
+        not mosaic_gpu: it runs on a gpu, this is a cpu
         not triton: it runs on a gpu, this is a cpu
         not tpu: it runs on a tpu, this is a cpu
         not cudnn: it runs on a gpu, this is a cpu

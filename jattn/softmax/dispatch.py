@@ -11,9 +11,9 @@ import jax
 from jattn.softmax.platforms import current
 from jattn.softmax.problem import Problem
 
-IMPLEMENTATIONS = ("reference", "blockwise", "triton", "tpu", "cudnn")
-KERNELS = {"triton": "gpu", "tpu": "tpu", "cudnn": "gpu"}
-"""Platform of each kernel."""
+IMPLEMENTATIONS = ("reference", "blockwise", "mosaic_gpu", "triton", "tpu", "cudnn")
+KERNELS = {"mosaic_gpu": "gpu", "triton": "gpu", "tpu": "tpu", "cudnn": "gpu"}
+"""Platform of each kernel; of those of one platform the first is preferred."""
 WITHOUT_LSE = frozenset({"cudnn"})
 """Kernels that give no differentiable log-sum-exp: no residual and no sinks; each has an `attend(problem)`."""
 VERIFIED: frozenset[str] = frozenset()
@@ -87,7 +87,8 @@ def choose(problem: Problem, implementation: str | None, residual: bool = False)
             others[name] = _why_not(name, problem, residual)
         if not others[name]:
             rest = dict.fromkeys((n for n in IMPLEMENTATIONS if n != name), f"{name} is faster on a {home}")
-            return Explanation(name, f"one fused kernel on {platform}", rest)
+            refused = {n: why for n, why in others.items() if why}
+            return Explanation(name, f"one fused kernel on {platform}", rest | refused)
     if length * source <= _SMALL_PAIRS:
         why = f"{length} x {source} pairs a head are few enough for one quadratic program on {platform}"
         return Explanation("reference", why, {"blockwise": "its loop pays off beyond 512 x 512 pairs", **others})

@@ -152,14 +152,15 @@ class Backward:
         output: cotangent of the output (pointwise: of the unscaled sums), `[B, T, N, Dv]`.
         lse: log-sum-exp of the rows `[B, N, T]`, 0 where a row sees nothing; zeros for pointwise normalizers.
         total: cotangent of the sum of unnormalized weights of each row, `[B, N, T]` float32.
-        code: class of every tile, `[B|1, N|1, nQ, nK]`: 0 nothing is visible, 1 something is, 2 everything is.
+        code: class of every tile, `[B|1, N|1, nQ, nK]`: 0 nothing is visible, 1 something is, 2 everything is; for
+            kernels that do not find all they need in lists.
         columns: `TileLists` of query tiles by key tile, for kernels that walk along lists.
     """
 
     output: Any
     lse: Any
     total: Any
-    code: Any
+    code: Any = None
     columns: Any = None
 
 
