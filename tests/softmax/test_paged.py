@@ -216,8 +216,8 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             jattn.paged_attention(*wrong)
-    with pytest.raises(ValueError, match="unknown implementation 'cudnn'.* triton, tpu"):
-        jattn.paged_attention(query, key, value, table, lengths, implementation="cudnn")
+    with pytest.raises(ValueError, match="unknown implementation 'flash'.* triton, tpu"):
+        jattn.paged_attention(query, key, value, table, lengths, implementation="flash")
     with pytest.raises(TypeError, match="must be known while tracing"):
         jattn.paged_attention(query, key, value, table, lengths, logit_soft_cap=jnp.ones(()))
     with pytest.raises(NotImplementedError, match="2 queries a row.*'blockwise' does"):
