@@ -13,13 +13,13 @@ import numpy as np
 
 from jattn.softmax.api import dot_product_attention
 from jattn.softmax.arguments import build_problem
-from jattn.softmax.decoding import live_tiles
+from jattn.softmax.decoding import evaluated_mask, live_tiles
 from jattn.softmax.dispatch import IMPLEMENTATIONS
 from jattn.softmax.kernel_arguments import make_inputs, make_pipeline
 from jattn.softmax.merge import join_sinks
 from jattn.softmax.normalizers import Normalizer, Pointwise, Softmax
 from jattn.softmax.platforms import Platform, current
-from jattn.softmax.problem import Problem, dense_visibility, positions
+from jattn.softmax.problem import Problem, dense_visibility
 from pallas_kernels.flash_decode.pages import block_of_page
 
 KERNELS = {"triton": "gpu", "tpu": "tpu"}
@@ -254,12 +254,7 @@ def _problem(how: _How, arrays: Arrays) -> tuple[Problem, Any]:
         raise NotImplementedError(
             f"paged_attention: implementation {how.implementation!r} does not take {reason}; 'blockwise' does"
         )
-    if jax.tree.leaves(problem.mask):
-        i, j = positions(problem)
-        b, h = jnp.arange(rows[0])[:, None, None, None], np.arange(problem.sizes[3])[None, :, None, None]
-        seen = jnp.asarray(problem.mask(b, h, i[:, None, :, None], j[:, None, None, :]))
-        problem = dataclasses.replace(problem, mask=None, mask_arrays=(*problem.mask_arrays, seen))
-    return dataclasses.replace(problem, key=key, value=value), sinks
+    return dataclasses.replace(evaluated_mask(problem), key=key, value=value), sinks
 
 
 def _unsupported(how: _How, problem: Problem) -> str:

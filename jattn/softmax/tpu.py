@@ -9,9 +9,11 @@ import jax.numpy as jnp
 
 from jattn.softmax import platforms
 from jattn.softmax.blockwise import schedule
-from jattn.softmax.decoding import live_tiles
+from jattn.softmax.decoding import evaluated_mask, live_tiles
 from jattn.softmax.kernel_arguments import (
+    gather_reason,
     gathers,
+    gathers_pairs,
     make_backward,
     make_inputs,
     make_pipeline,
@@ -19,6 +21,7 @@ from jattn.softmax.kernel_arguments import (
     named_cotangents,
 )
 from jattn.softmax.normalizers import Pointwise, Softmax
+from jattn.softmax.packed_visibility import with_packed_visibility
 from jattn.softmax.problem import Problem, slot_tokens
 from pallas_kernels.flash_attention import tpu as kernel
 from pallas_kernels.flash_attention import tpu_backward as backward_kernel
@@ -36,8 +39,10 @@ def unsupported(problem: Problem) -> str:
         reason = f"queries, keys and values of {', '.join(sorted(dtypes))}; it takes one of {', '.join(DTYPES)}"
     elif dtypes == {"float64"} and not interpreted():
         reason = "float64 outside of the interpreter"
-    elif gathers(problem):
-        reason = "arrays that are read by gather: those of masks and predicates, and pairs of permuted tokens"
+    elif gathers_pairs(problem, (problem.bias, *problem.operands.values())):
+        reason = "a bias or operand of pairs beside a layout that permutes tokens"
+    elif found := gather_reason(problem):
+        reason = found
     elif not isinstance(problem.normalizer, Softmax | Pointwise):
         reason = f"the normalizer {type(problem.normalizer).__name__}, which needs two passes"
     elif _tables(problem) and any(x is not None for x in _moved(problem)):
@@ -134,25 +139,38 @@ def _arguments(problem: Problem, sources: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _in_tiles(problem: Problem, sources: dict[str, Any], sizes: tpu_sizes.TpuTiles, code: Any) -> dict[str, Any]:
+    """The arguments of kernels that go through tiles, with packed bits where masks hold arrays."""
+    arguments = _arguments(problem, sources)
+    predicate = None if problem.layout is None else problem.layout.predicate
+    if gathers(problem) or jax.tree.leaves((problem.mask, predicate)):
+        blocks = (min(sizes.block_q, sources["query"].shape[1]), min(sizes.block_k, sources["key"].shape[1]))
+        found = with_packed_visibility(problem, arguments["inputs"], arguments["pipeline"], code, *blocks)
+        arguments["inputs"], arguments["pipeline"] = found
+    return {**arguments, "sizes": sizes}
+
+
 def forward(problem: Problem, sources: dict[str, Any], dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Output `[B, T, N, Dv]` in `dtype`, lse `[B, T, N]`; pointwise: unscaled sums, and sums of weights."""
-    arguments = _arguments(problem, sources)
     if problem.sizes[1] == 1 and problem.layout is None:
         key, value = sources["key"], sources["value"]
         block = decode_kernel.tile_keys(key.shape[2], key.shape[3], value.shape[3], key.dtype.itemsize)
         block = block if problem.block_sizes is None else problem.block_sizes[1]
-        out, lse = decode_kernel.forward(**arguments, live=live_tiles(problem, block), block_k=block)
+        arguments, live = _arguments(evaluated_mask(problem), sources), live_tiles(problem, block)
+        out, lse = decode_kernel.forward(**arguments, live=live, block_k=block)
     else:
         sizes = _sizes(problem, sources, False)
-        out, lse = kernel.forward(**arguments, code=_code(problem, sizes), sizes=sizes, out_dtype=dtype)
+        code = _code(problem, sizes)
+        out, lse = kernel.forward(**_in_tiles(problem, sources, sizes, code), code=code, out_dtype=dtype)
     return out.astype(dtype), jnp.swapaxes(lse, 1, 2)
 
 
 def pull_back(problem: Problem, sources: dict[str, Any], cotangents: Any, like: dict[str, Any]) -> dict[str, Any]:
     """Transpose of the tangent of the sums: cotangents of both sums in, those of the sources named in `like` out."""
     sizes = _sizes(problem, sources, True)
-    given, wanted = make_backward(sources, cotangents, _code(problem, sizes), like)
-    found = backward_kernel.backward(**_arguments(problem, sources), sizes=sizes, given=given, wanted=wanted)
+    code = _code(problem, sizes)
+    given, wanted = make_backward(sources, cotangents, code, like)
+    found = backward_kernel.backward(**_in_tiles(problem, sources, sizes, code), given=given, wanted=wanted)
     return named_cotangents(problem, sources, found, like)
 
 

@@ -27,14 +27,16 @@ class TileInput:
 
     `[B|1, N|1, T|1, S|1]`, read at the rows and columns of the tile; with `center` a table `[B|1, N|1, 1, R]`, read at
     (key position - query position + center) and clipped to its ends; with `by_tile` `[B|1, N|1, nQ|1, nK|1]`, a number
-    for the whole tile; with `gathered` of any shape, and tiles hold a function `read(*index) -> entries` of one
-    non-negative int32 index an axis, in range, that broadcast against each other.
+    for the whole tile; with `packed` bits of pairs, int32 `[B|1, N|1, nQ * nK, ceil(Bq / 32), Bk]`, that tiles hold as
+    0 and 1, the first row in the lowest bit; with `gathered` of any shape, and tiles hold a function
+    `read(*index) -> entries` of one non-negative int32 index an axis, in range, that broadcast against each other.
     """
 
     array: jax.Array
     center: int | None = dataclasses.field(default=None, metadata={"static": True})
     by_tile: bool = dataclasses.field(default=False, metadata={"static": True})
     gathered: bool = dataclasses.field(default=False, metadata={"static": True})
+    packed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def reads(self) -> tuple[bool, ...]:

@@ -149,9 +149,12 @@ def array_specs(static: Static, walk: Walk, inputs: Mapping[str, TileInput]):
 
 
 def _input_spec(static: Static, spec, given: TileInput):
-    of_batch, of_heads, of_rows, of_columns = given.reads
+    of_batch, of_heads, of_rows, of_columns = given.reads[:4]
     bq, bk = static.blocks
     lead = lambda b, h: (b if of_batch else 0, h if of_heads else 0)  # noqa: E731
+    if given.packed:
+        shape = (None, None, None, *given.array.shape[3:])
+        return spec(shape, lambda b, h, i, j: (*lead(b, h), i * static.tiles[1] + j, 0, 0))
     if given.center is not None:
         return spec((None, None, 1, table_size(static)), lambda b, h, i, j: (*lead(b, h), 0, 0))
     if given.by_tile:
@@ -167,6 +170,8 @@ def _input_spec(static: Static, spec, given: TileInput):
 def input_array(static: Static, given: TileInput):
     """The array of an input as the kernel reads it."""
     array = given.array
+    if given.packed:
+        return array
     if given.center is not None:
         return widened(static, array, given.center)
     if given.by_tile:
@@ -234,14 +239,23 @@ def load_tiles(static: Static, refs, place: Place, i, j, partial: bool) -> dict[
             array = array.astype(jnp.int32)
         if given.center is not None:
             array = skewed(static, array)
+        elif given.packed:
+            array = _unpacked(array, static.blocks)
         elif given.reads[2] and not given.reads[3] and not given.by_tile:
             array = array.T
-        if partial and given.center is None and not given.by_tile:
+        if partial and given.center is None and not (given.by_tile or given.packed):
             for axis, numbers in ((0, place.row), (1, place.column)):
                 if given.reads[2 + axis] and static.shape[1 + axis] % static.blocks[axis]:
                     array = jnp.where(numbers < static.shape[1 + axis], array, 0)
         found[name] = array
     return found
+
+
+def _unpacked(words, shape: tuple[int, int]):
+    """Words of 32 rows `[ceil(Bq / 32), Bk]` as their bits `[Bq, Bk]`."""
+    parts = [jnp.broadcast_to(words[n : n + 1], (32, shape[1])) for n in range(words.shape[0])]
+    spread = (parts[0] if len(parts) == 1 else jnp.concatenate(parts))[: shape[0]]
+    return (spread >> (jax.lax.broadcasted_iota(jnp.int32, shape, 0) & 31)) & 1
 
 
 def make_place(static: Static, b, h, i, j) -> Place:

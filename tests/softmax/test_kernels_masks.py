@@ -25,58 +25,81 @@ def near(b, h, i, j, aux):
     return (jnp.abs(aux["at"][b, j] - i) <= aux["reach"]) | (aux["open"][h, -1] & (j == 0))
 
 
-NEAR = {
-    "at": np.random.default_rng(1).integers(0, T, (B, S)),
-    "reach": np.int32(9),
-    "open": random(N, 3, seed=2),
-}
+def what_is_near(x):
+    return {
+        "at": np.random.default_rng(1).integers(0, x.length, (B, x.source)),
+        "reach": np.int32(9),
+        "open": random(N, 3, seed=2),
+    }
+
 
 MASKS = {
-    "prefix": lambda: {"mask": jattn.masks.prefix_lm_mask(np.array([5, 20]))},
-    "prefix of one row": lambda: {"mask": jattn.masks.prefix(np.array([7]))},
-    "prefix of no axis": lambda: {"mask": jattn.masks.prefix(np.array(7)) | jattn.masks.causal()},
-    "dense": lambda: {"mask": jattn.masks.dense(random(B, N, T, S)) & jattn.masks.local_window(20, 3)},
-    "dense, one head": lambda: {"mask": ~jattn.masks.dense(random(B, 1, T, S))},
-    "dense by position": lambda: {"mask": jattn.masks.dense(random(1, N, 60, 60)), **POSITIONS},
-    "segments": lambda: {"mask": jattn.masks.segment_mask(*SEGMENTS)},
-    "function": lambda: {"mask": jattn.masks.mask_mod(near, NEAR), "bias": draw(1, 1, T, S, seed=3)},
-    "sigmoid": lambda: {"mask": jattn.masks.prefix(np.array([5, 20])), "normalizer": jattn.normalizers.sigmoid()},
+    "prefix": lambda x: {"mask": jattn.masks.prefix_lm_mask(np.array([5, 20]))},
+    "prefix of one row": lambda x: {"mask": jattn.masks.prefix(np.array([7]))},
+    "prefix of no axis": lambda x: {"mask": jattn.masks.prefix(np.array(7)) | jattn.masks.causal()},
+    "dense": lambda x: {"mask": jattn.masks.dense(random(B, N, x.length, x.source)) & jattn.masks.local_window(20, 3)},
+    "dense, one head": lambda x: {"mask": ~jattn.masks.dense(random(B, 1, x.length, x.source))},
+    "dense by position": lambda x: {"mask": jattn.masks.dense(random(1, N, 600, 600)), **positions(x)},
+    "segments": lambda x: {"mask": jattn.masks.segment_mask(*segments(x))},
+    "function": lambda x: {
+        "mask": jattn.masks.mask_mod(near, what_is_near(x)),
+        "bias": draw(1, 1, x.length, x.source, seed=3),
+    },
+    "sigmoid": lambda x: {"mask": jattn.masks.prefix(np.array([5, 20])), "normalizer": jattn.normalizers.sigmoid()},
 }
-SIZES = {"query_slots": T, "key_slots": S, "query_block": 16, "key_block": 16}
+
+
+def sizes(x):
+    return {"query_slots": x.length, "key_slots": x.source, "query_block": x.block, "key_block": x.block}
+
+
+def from_dense(x, mask, batch, heads, bits=False):
+    cut = (batch, heads, x.length, x.source, x.block, x.block)
+    return from_mask_mod(tile_bits(mask, *cut) if bits else mask, *cut)
+
+
 LAYOUTS = {
-    "selection": lambda: from_token_selection(
-        random(B, K, T, 4, share=0.4, seed=4), 1, 8, jattn.masks.causal(), num_heads=N, **SIZES
+    "selection": lambda x: from_token_selection(
+        random(B, K, x.length, -(-x.source // 8), share=0.4, seed=4),
+        1,
+        8,
+        jattn.masks.causal(),
+        num_heads=N,
+        **sizes(x),
     ),
-    "selection of groups": lambda: from_token_selection(random(1, 1, 10, 29, share=0.3, seed=5), 4, 1, **SIZES),
-    "selection and window": lambda: from_token_selection(
-        random(B, N, T, 4, share=0.3), 1, 8, include=jattn.masks.local_window(3, 0), **SIZES
+    "selection of groups": lambda x: from_token_selection(
+        random(1, 1, -(-x.length // 4), x.source, share=0.3, seed=5), 4, 1, **sizes(x)
     ),
-    "bits": lambda: from_mask_mod(
-        tile_bits(jattn.masks.dense(random(B, N, T, S)), B, N, T, S, 16, 16), B, N, T, S, 16, 16
+    "selection and window": lambda x: from_token_selection(
+        random(B, N, x.length, -(-x.source // 8), share=0.3), 1, 8, include=jattn.masks.local_window(3, 0), **sizes(x)
     ),
-    "prefix": lambda: from_mask_mod(jattn.masks.prefix(np.array([5, 20])), B, 1, T, S, 16, 16),
+    "bits": lambda x: from_dense(x, jattn.masks.dense(random(B, N, x.length, x.source)), B, N, bits=True),
+    "prefix": lambda x: from_dense(x, jattn.masks.prefix(np.array([5, 20])), B, 1),
 }
 
 
+@each_kernel
 @pytest.mark.parametrize("name", MASKS)
-def test_masks_that_hold_arrays(name):
-    on_triton(MASKS[name]())
+def test_masks_that_hold_arrays(name, kernel):
+    compare(kernel, MASKS[name](kernel))
 
 
+@each_kernel
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layouts_whose_predicate_holds_arrays(name):
-    on_triton({"layout": LAYOUTS[name]()})
+def test_layouts_whose_predicate_holds_arrays(name, kernel):
+    compare(kernel, {"layout": LAYOUTS[name](kernel)})
 
 
-def test_a_single_query():
-    arrays = {n: x[:, :1] if n == "query" else x for n, x in inputs(TRITON).items()}
+@each_kernel
+def test_a_single_query(kernel):
+    arrays = {n: x[:, :1] if n == "query" else x for n, x in inputs(kernel).items()}
     for mask in (
         jattn.masks.prefix(np.array([5, 20])),
-        jattn.masks.dense(random(B, N, 1, S)),
-        jattn.masks.mask_mod(near, NEAR),
+        jattn.masks.dense(random(B, N, 1, kernel.source)),
+        jattn.masks.mask_mod(near, what_is_near(kernel)),
     ):
         found, expected = (
-            jattn.dot_product_attention(**arrays, mask=mask, implementation=name) for name in ("triton", "reference")
+            jattn.dot_product_attention(**arrays, mask=mask, implementation=name) for name in (kernel.name, "reference")
         )
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -145,9 +168,11 @@ OF_PERMUTED = {
     "dropout": lambda x: {"dropout_rate": 0.3, "dropout_key": jax.random.key(2)},
 }
 OF_MOVED_PAIRS = {
-    "masks": {"is_causal": True, "segment_ids": SEGMENTS, "mask": random(B, 1, T, S)},
-    "mask by position": {"mask": jattn.masks.prefix(np.array([9, 40])) | jattn.masks.causal(), **POSITIONS},
-    "pair bias": {"bias": draw(1, 1, T, S, seed=5)},
+    "masks": lambda x: {"is_causal": True, "segment_ids": segments(x), "mask": random(B, 1, x.length, x.source)},
+    "mask by position": lambda x: {
+        "mask": jattn.masks.prefix(np.array([9, 40])) | jattn.masks.causal(),
+        **positions(x),
+    },
 }
 
 
@@ -158,14 +183,20 @@ def test_layouts_that_permute_tokens(name, perms, kernel):
     compare(kernel, {"layout": permuted(kernel, *PERMS[perms](kernel)), **OF_PERMUTED[name](kernel)})
 
 
+@each_kernel
 @pytest.mark.parametrize("perms", PERMS)
 @pytest.mark.parametrize("name", OF_MOVED_PAIRS)
-def test_layouts_that_permute_what_is_read_by_pairs(name, perms):
-    on_triton({"layout": permuted(TRITON, *PERMS[perms](TRITON)), **OF_MOVED_PAIRS[name]})
+def test_layouts_that_permute_what_is_read_by_pairs(name, perms, kernel):
+    compare(kernel, {"layout": permuted(kernel, *PERMS[perms](kernel)), **OF_MOVED_PAIRS[name](kernel)})
+
+
+@pytest.mark.parametrize("perms", PERMS)
+def test_layouts_that_permute_the_pairs_of_a_bias(perms):
+    on_triton({"layout": permuted(TRITON, *PERMS[perms](TRITON)), "bias": draw(1, 1, T, S, seed=5)})
 
 
 def test_predicates_of_permuted_layouts_see_slots_and_positions():
-    for predicate in (LAYOUTS["selection"]().predicate, jattn.masks.prefix_lm_mask(np.array([5, 20]))):
+    for predicate in (LAYOUTS["selection"](TRITON).predicate, jattn.masks.prefix_lm_mask(np.array([5, 20]))):
         on_triton({"layout": permuted(TRITON, *PERMS["both"](TRITON), predicate)})
 
 
@@ -236,13 +267,9 @@ def test_masks_that_do_more_than_reading_name_who_takes_them(function):
 
 def test_what_tpus_cannot_gather_names_who_can():
     kernel = KERNELS["tpu"]
-    tokens = PERMS["both"](kernel)
-    for arguments in (
-        {"mask": jattn.masks.prefix(np.array([5, 20]))},
-        {"layout": permuted(kernel, *tokens), "bias": draw(1, 1, kernel.length, kernel.source)},
-    ):
-        with pytest.raises(NotImplementedError, match="arrays that are read by gather.*; 'blockwise' does"):
-            jattn.dot_product_attention(**inputs(kernel), **arguments, implementation="tpu")
+    moved = {"layout": permuted(kernel, *PERMS["both"](kernel)), "bias": draw(1, 1, kernel.length, kernel.source)}
+    with pytest.raises(NotImplementedError, match="of pairs beside a layout that permutes tokens; 'blockwise' does"):
+        jattn.dot_product_attention(**inputs(kernel), **moved, implementation="tpu")
     with pytest.raises(NotImplementedError, match="a table of offsets beside explicit positions"):
         jattn.dot_product_attention(
             **inputs(kernel), **positions(kernel), score_mod=tables((11,), (N, 40)), implementation="tpu"
