@@ -4,7 +4,6 @@ An environment holds the compiler of one kind of device; tests are made for the 
 """
 
 import importlib.util
-import re
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +64,6 @@ def blocks():
     return {"query_block": size, "key_block": size}
 
 
-SIZES = {"query_slots": T, "key_slots": S, "query_block": 64, "key_block": 64}
-
-
 def block_layout():
     layout = from_mask_mod(jattn.masks.sliding_window(200), 1, 1, T, S, **blocks())
     return {"layout": layout, "is_causal": True}
@@ -75,25 +71,27 @@ def block_layout():
 
 def selection():
     chosen = np.random.default_rng(0).random((1, K, T, S // 50)) < 0.3
-    return {"layout": from_token_selection(chosen, 1, 50, jattn.masks.causal(), num_heads=N, **SIZES)}
+    sizes = {"query_slots": T, "key_slots": S, **blocks()}
+    return {"layout": from_token_selection(chosen, 1, 50, jattn.masks.causal(), num_heads=N, **sizes)}
 
 
 def bits():
     odd = jattn.masks.dense(np.random.default_rng(0).random((1, 1, T, S)) < 0.5) & jattn.masks.sliding_window(200)
-    return {"layout": from_mask_mod(tile_bits(odd, 1, 1, T, S, 64, 64), 1, 1, T, S, 64, 64)}
+    cut = (1, 1, T, S, *blocks().values())
+    return {"layout": from_mask_mod(tile_bits(odd, *cut), *cut)}
 
 
 def permuted(bias):
     draws = np.random.default_rng(0)
     perms = [draws.permutation(np.r_[:n, np.full(1024 - n, -1)])[None, None].astype(np.int32) for n in (T, S)]
+    tiles = 1024 // blocks()["query_block"]
     layout = from_block_mask(
-        draws.random((1, K, 16, 16)) < 0.5,
+        draws.random((1, K, tiles, tiles)) < 0.5,
         query_slots=1024,
         key_slots=1024,
-        query_block=64,
-        key_block=64,
         query_perm=perms[0],
         key_perm=perms[1],
+        **blocks(),
     )
     return {"layout": layout, "is_causal": True, "bias": bias, "mask": draws.random((1, N, T, S)) < 0.5}
 
@@ -137,10 +135,6 @@ FEATURES = {
 }
 
 
-REFUSED = {"tpu": ("prefix lengths", "mask with arrays", "token selection", "tile bits", "permuted layout")}
-"""By platform, what its kernel leaves to the blockwise path, and says so."""
-
-
 def compile_it(target, dtype, dims, feature):
     shapes, make = FEATURES[feature]
     kernel = KERNELS[TARGETS[target]]
@@ -175,10 +169,7 @@ def test_offset_tables_in_the_oblong_tiles_of_float32(target):
 @pytest.mark.parametrize("feature", [name for name in FEATURES if name != "causal"])
 def test_every_feature(target, feature):
     report = compile_it(target, "bfloat16", (64, 64), feature)
-    if feature in REFUSED.get(TARGETS[target], ()):
-        assert re.match("NotImplementedError.*it does not take.*'blockwise' does", report.error)
-    else:
-        assert report.compiles, report.error
+    assert report.compiles, report.error
 
 
 @pytest.mark.parametrize("target", [name for name in TARGETS if name not in DEVICES])
