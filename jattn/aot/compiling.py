@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from jattn.aot import targets
 from jattn.softmax.platforms import compiling_for
@@ -45,6 +47,16 @@ class Report:
         return f"{self.target}: compiles in {self.seconds:.1f} s, takes {sizes}"
 
 
+def _lowering_for(device: Any) -> contextlib.AbstractContextManager:
+    """JAX lowers some operations of TPU kernels by the kind of chip, which it asks the mesh for: here is one that knows."""
+    if device.platform != "tpu":
+        return contextlib.nullcontext()
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.Mesh(np.array([device]), ("chip",), axis_types=auto).abstract_mesh
+    )
+
+
 def compile_for(function: Callable[..., Any], *arguments: Any, target: str = "h100") -> Report:
     """Compile a function for a device that is not attached.
 
@@ -70,7 +82,8 @@ def compile_for(function: Callable[..., Any], *arguments: Any, target: str = "h1
         'a100: compiles in 1.2 s, takes 2.0 MB beside 0.5 MB of arguments'
     """
     found = targets.find_target(target)
-    sharding = jax.sharding.SingleDeviceSharding(targets.devices(found)[0])
+    device = targets.devices(found)[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
 
     def shaped(leaf: Any) -> jax.ShapeDtypeStruct:
         aval = leaf if hasattr(leaf, "shape") else jax.numpy.asarray(leaf)
@@ -80,7 +93,8 @@ def compile_for(function: Callable[..., Any], *arguments: Any, target: str = "h1
     try:
         platform = "cuda" if found.platform == "gpu" else found.platform
         # Backward passes are traced only when the program is lowered.
-        with compiling_for(found.platform, found.capability, found.title if found.platform == "gpu" else ""):
+        kind = found.title if found.platform == "gpu" else ""
+        with compiling_for(found.platform, found.capability, kind), _lowering_for(device):
             traced = jax.jit(lambda *given: function(*given)).trace(*jax.tree.map(shaped, arguments))
             compiled = traced.lower(lowering_platforms=(platform,)).compile()
     except Exception as error:  # The compiler's own classes, and whatever the function raises.

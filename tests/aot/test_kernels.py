@@ -47,6 +47,10 @@ def mod(slope, at_query, at_key, pair, table):
     return jattn.ScoreMod(add_all, {n: jattn.Operand(arrays[n], kind) for n, kind in kinds.items()})
 
 
+def of_blocks(b, h, i, j, aux):
+    return (j // 3 + b % 2 + (i // 4) % 5) % 2 == 0
+
+
 def of_arrays(b, h, i, j, aux):
     return (j < aux["length"][b - 1]) & (aux["open"][h, j] | (j <= i))
 
@@ -126,6 +130,7 @@ FEATURES = {
     "offset table": ((shape(1, 255),), of_offsets),
     "sigmoid": ((), lambda: {"normalizer": jattn.normalizers.sigmoid()}),
     "block layout": ((), block_layout),
+    "mask of one's own": ((), lambda: {"mask": jattn.masks.mask_mod(of_blocks)}),
     "prefix lengths": ((), lambda: {"mask": jattn.masks.prefix_lm_mask(np.array([300]))}),
     "mask with arrays": ((), held_by_a_mask),
     "token selection": ((), selection),
