@@ -48,7 +48,7 @@ class Report:
 
 
 def _lowering_for(device: Any) -> contextlib.AbstractContextManager:
-    """JAX lowers some operations of TPU kernels by the kind of chip, which it asks the mesh for: here is one that knows."""
+    """JAX lowers some operations of TPU kernels by the kind of chip and asks the mesh for it: here is one."""
     if device.platform != "tpu":
         return contextlib.nullcontext()
     auto = (jax.sharding.AxisType.Auto,)

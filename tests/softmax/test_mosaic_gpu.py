@@ -163,6 +163,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_numbers_in_the_interpreter(case, run_with_devices):
     shapes, arguments, hidden = CASES[case]
@@ -171,6 +172,7 @@ def test_numbers_in_the_interpreter(case, run_with_devices):
 
 
 # The second one's dK and dV come from programs of their own.
+@pytest.mark.slow
 @pytest.mark.parametrize("shapes", ["(64, 128, 1, 1, 16, 16)", "(72, 64, 2, 1, 192, 80)"])
 def test_bfloat16_in_the_interpreter(shapes, run_with_devices):
     program = PROGRAM.format(sizes=shapes, arguments="{'is_causal': True}", hidden=NOTHING, dtype="bfloat16")
