@@ -127,7 +127,7 @@ class Kernel:
             "interpret": self.interpret,
         }
         if not self.case.backward:
-            return triton.forward(query, key, value, **arguments)[:1]
+            return triton.forward(query, key, value, out_dtype=query.dtype, **arguments)[:1]
         given = Backward(output, lse, total, jnp.asarray(tiling.code, jnp.int32), tiling.columns)
         return triton_backward.backward(query, key, value, given=given, **arguments)[:3]
 

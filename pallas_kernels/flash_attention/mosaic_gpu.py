@@ -29,7 +29,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.mosaic_gpu_sizes import CONSUMERS, ROWS, MosaicSizes
 from pallas_kernels.flash_attention.mosaic_gpu_tiles import (
-    LOG2E,
     Static,
     constant,
     fill_ring,
@@ -46,7 +45,7 @@ from pallas_kernels.flash_attention.mosaic_gpu_tiles import (
     spread,
     whole_heads,
 )
-from pallas_kernels.flash_attention.pipeline import Pipeline, TileInput, TileLists
+from pallas_kernels.flash_attention.pipeline import LOG2_E, Pipeline, TileInput, TileLists
 
 
 def _weigh(static: Static, input_refs, where, j, partial: bool, state):
@@ -61,7 +60,7 @@ def _weigh(static: Static, input_refs, where, j, partial: bool, state):
         return weights, (maximum, total + jnp.sum(raw, axis=1), weighted)
     # Powers of 2 take the factor into the subtraction, one operation, and round a little more; maxima allow that if the
     # factor is positive.
-    power, unit = (jnp.exp2, LOG2E) if static.approximate else (jnp.exp, 1.0)
+    power, unit = (jnp.exp2, LOG2_E) if static.approximate else (jnp.exp, 1.0)
     factor = static.scale * unit
     if pipeline.modify is not None:
         logits, factor = pipeline.logits(logits * static.scale, visible, place, tiles), unit
@@ -157,7 +156,7 @@ def _compute(static: Static, input_refs, where, list_of, query_ref, out_ref, lse
     if softmax:
         alive = total != 0.0
         safe = jnp.where(alive, total, 1.0)
-        total = jnp.where(alive, maximum / (LOG2E if static.approximate else 1.0) + jnp.log(safe), -jnp.inf)
+        total = jnp.where(alive, maximum / (LOG2_E if static.approximate else 1.0) + jnp.log(safe), -jnp.inf)
         weighted = weighted * spread(static, 1.0 / safe, weighted.shape, 0)
     out[...] = weighted.astype(out.dtype)
     lse[...] = total

@@ -25,7 +25,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.flash_attention.mosaic_gpu_sizes import CONSUMERS, ROWS, MosaicSizes
 from pallas_kernels.flash_attention.mosaic_gpu_tiles import (
-    LOG2E,
     Static,
     constant,
     drain_ring,
@@ -46,7 +45,7 @@ from pallas_kernels.flash_attention.mosaic_gpu_tiles import (
     whole_rows,
     with_plain_sums,
 )
-from pallas_kernels.flash_attention.pipeline import Backward, Pipeline, TileInput, TileLists
+from pallas_kernels.flash_attention.pipeline import LOG2_E, Backward, Pipeline, TileInput, TileLists
 
 EVERYTHING = (slice(None),)
 MAX_SUM = 128
@@ -59,7 +58,7 @@ def _pulled(static: Static, input_refs, where, shape, turned: bool, partial: boo
     pipeline = static.pipeline
     place, tiles, visible = read_tile(static, input_refs, b, h, starts, shape, turned, partial)
     if static.approximate:
-        exponent = logits * (static.scale * LOG2E) - lse * LOG2E
+        exponent = logits * (static.scale * LOG2_E) - lse * LOG2_E
         weights = jnp.exp2(exponent if visible is None else jnp.where(visible, exponent, -jnp.inf))
         if weights_ct is None:
             return weights, None

@@ -19,7 +19,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.flash_attention.mosaic_gpu_sizes import CONSUMERS, ROWS, MosaicSizes, rounded
 from pallas_kernels.flash_attention.pipeline import Pipeline, Place, TileInput, TileLists, result_shape
 
-LOG2E = 1.4426950408889634
 MATRIX = plgpu.Layout.WGMMA
 
 

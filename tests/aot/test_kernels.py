@@ -3,6 +3,7 @@
 An environment holds the compiler of one kind of device; tests are made for the devices that it can compile for.
 """
 
+import functools
 import importlib.util
 
 import jax
@@ -210,3 +211,18 @@ def test_under_shard_map_nothing_is_gathered(target):
     for name in ("forward", "backward_query", "backward_key"):
         assert f"flash_attention_{name}" in text
     assert "all-gather" not in text
+
+
+@pytest.mark.parametrize("target", [name for name in ("a100", "h100") if name in TARGETS])
+def test_nothing_but_output_and_lse_is_kept(target):
+    """With a backward pass: the output, numbers a row, and no arrays in float32 of the size of the queries."""
+    query = shape(2, 2048, 8, 128, dtype=jnp.bfloat16)
+
+    def both(query, key, value, output):
+        attend = functools.partial(jattn.dot_product_attention, is_causal=True, implementation="triton")
+        out, pull = jax.vjp(attend, query, key, value)
+        return out, pull(output)
+
+    report = jattn.aot.compile_for(both, query, query, query, query, target=target)
+    assert report.compiles, report.error
+    assert report.temp_bytes <= 1.1 * query.size * query.dtype.itemsize
