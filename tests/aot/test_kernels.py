@@ -181,6 +181,40 @@ def test_every_feature(target, feature):
         assert report.compiles, report.error
 
 
+@pytest.mark.parametrize("target", [name for name in ("h100", "v5e") if name in TARGETS])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("precision", ["asked for", "a default"])
+@pytest.mark.parametrize("length", [T, 1])
+def test_the_highest_precision(target, dtype, precision, length):
+    arguments = {"implementation": KERNELS[TARGETS[target]]}
+    if precision == "asked for":
+        arguments["precision"] = "highest"
+    default = jax.default_matmul_precision(None if precision == "asked for" else "highest")
+
+    def loss(*arrays):
+        return jattn.dot_product_attention(*arrays, **arguments).sum().astype(jnp.float32)
+
+    arrays = [shape(1, rows, heads, 64, dtype=dtype) for rows, heads in ((length, N), (S, K), (S, K))]
+    with default:
+        report = jattn.aot.compile_for(jax.value_and_grad(loss, range(3)), *arrays, target=target)
+    assert report.compiles, report.error
+
+
+@pytest.mark.skipif("v5e" not in TARGETS, reason="needs pip install 'jattn[aot-tpu]'")
+def test_scalar_memory_holds_many_short_lists_of_tiles():
+    """A list of its own for each of 4,096 heads, in as many bytes as `SCALAR_MEMORY` is compared with."""
+    batch, heads, rows = 64, 64, 256
+    live = np.arange(batch * heads * 4).reshape(batch, heads, 2, 2) % 3 > 0
+    layout = from_block_mask(live, query_slots=rows, key_slots=rows, query_block=128, key_block=128)
+
+    def forward(*arrays):
+        return jattn.dot_product_attention(*arrays, layout=layout, implementation="tpu")
+
+    arrays = [shape(batch, rows, heads, 64, dtype="bfloat16")] * 3
+    report = jattn.aot.compile_for(forward, *arrays, target="v5e")
+    assert report.compiles, report.error
+
+
 @pytest.mark.parametrize("target", [name for name in TARGETS if name not in DEVICES])
 def test_slices_of_a_pod(target):
     report = compile_it(target, "bfloat16", (128, 128), "causal")
