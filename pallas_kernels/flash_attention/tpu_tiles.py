@@ -167,7 +167,8 @@ def _input_spec(static: Static, spec, given: TileInput):
 
 def input_array(static: Static, given: TileInput):
     """The array of an input as the kernel reads it."""
-    array = given.array
+    # TPUs load no float16.
+    array = given.array.astype(jnp.float32) if given.array.dtype == jnp.float16 else given.array
     if given.center is not None:
         return widened(static, array, given.center)
     if given.by_tile:

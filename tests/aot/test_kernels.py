@@ -126,6 +126,10 @@ FEATURES = {
         lambda *arrays: {"score_mod": mod(*arrays)},
     ),
     "offset table": ((shape(1, 255),), of_offsets),
+    "float16 bias and table": (
+        (shape(1, N, T, S, dtype="float16"), shape(1, 255, dtype="float16")),
+        lambda bias, table: {"bias": bias, **of_offsets(table)},
+    ),
     "sigmoid": ((), lambda: {"normalizer": jattn.normalizers.sigmoid()}),
     "block layout": ((), block_layout),
     "prefix lengths": ((), lambda: {"mask": jattn.masks.prefix_lm_mask(np.array([300]))}),
