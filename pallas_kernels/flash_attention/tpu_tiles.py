@@ -276,9 +276,15 @@ def dot(static: Static, left, right, over: tuple[int, int]):
 
 
 def dot_precision(precision: Any, dtype: Any) -> Any:
-    """The precision to ask for in a product of `dtype`, also against the default that a user has set in JAX."""
-    # Products of narrow numbers are exact; the compiler refuses them with any other precision.
-    return precision if jnp.dtype(dtype).itemsize > 2 else jax.lax.Precision.DEFAULT
+    """The precision to ask for in a product of `dtype`: one that Mosaic has, and as high as what was asked for."""
+    if jnp.dtype(dtype).itemsize <= 2:
+        # These products are exact; a default that a user has set in JAX must not reach them either.
+        return jax.lax.Precision.DEFAULT
+    asked = jax.config.jax_default_matmul_precision if precision is None else precision
+    return jax.lax.Precision.HIGHEST if asked in _THREE_PASSES else precision
+
+
+_THREE_PASSES = (jax.lax.Precision.HIGH, "high", "tensorfloat32", "bfloat16_3x")
 
 
 def seen_keys(static: Static, visible, *arrays):

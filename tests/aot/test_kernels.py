@@ -186,20 +186,26 @@ def test_every_feature(target, feature):
 
 
 @pytest.mark.parametrize("target", [name for name in ("h100", "v5e") if name in TARGETS])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("precision", ["asked for", "a default"])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "default"),
+    [
+        ("bfloat16", "highest", None),
+        ("bfloat16", None, "highest"),
+        ("float32", "highest", None),
+        ("float32", "high", None),
+        ("float32", None, "tensorfloat32"),
+    ],
+)
 @pytest.mark.parametrize("length", [T, 1])
-def test_the_highest_precision(target, dtype, precision, length):
-    arguments = {"implementation": KERNELS[TARGETS[target]]}
-    if precision == "asked for":
-        arguments["precision"] = "highest"
-    default = jax.default_matmul_precision(None if precision == "asked for" else "highest")
+def test_every_precision(target, dtype, precision, default, length):
+    """Asked for in the call, or set as JAX's default."""
 
     def loss(*arrays):
-        return jattn.dot_product_attention(*arrays, **arguments).sum().astype(jnp.float32)
+        out = jattn.dot_product_attention(*arrays, precision=precision, implementation=KERNELS[TARGETS[target]])
+        return out.sum().astype(jnp.float32)
 
     arrays = [shape(1, rows, heads, 64, dtype=dtype) for rows, heads in ((length, N), (S, K), (S, K))]
-    with default:
+    with jax.default_matmul_precision(default):
         report = jattn.aot.compile_for(jax.value_and_grad(loss, range(3)), *arrays, target=target)
     assert report.compiles, report.error
 
