@@ -26,6 +26,7 @@ from jattn.softmax.problem import Problem, slot_tokens
 from pallas_kernels.flash_attention import tpu as kernel
 from pallas_kernels.flash_attention import tpu_backward as backward_kernel
 from pallas_kernels.flash_attention import tpu_sizes
+from pallas_kernels.flash_attention.steps import make_steps
 from pallas_kernels.flash_decode import tpu as decode_kernel
 
 DTYPES = ("float32", "bfloat16", "float64")
@@ -39,6 +40,8 @@ def unsupported(problem: Problem) -> str:
         reason = f"queries, keys and values of {', '.join(sorted(dtypes))}; it takes one of {', '.join(DTYPES)}"
     elif dtypes == {"float64"} and not interpreted():
         reason = "float64 outside of the interpreter"
+    elif problem.sizes[2] == 1 and not interpreted():
+        reason = "a single key, whose products Mosaic does not compile,"
     elif gathers_pairs(problem, (problem.bias, *problem.operands.values())):
         reason = "a bias or operand of pairs beside a layout that permutes tokens"
     elif found := gather_reason(problem):
@@ -78,16 +81,26 @@ def _layout_reason(problem: Problem) -> str:
 
 
 def _lists_reason(problem: Problem) -> str:
-    if problem.layout is None:
-        return ""
     sizes = [_sizes(problem, {"query": problem.query, "value": problem.value}, backward) for backward in (False, True)]
-    asked = max(_list_bytes(problem, x) for x in sizes)
+    count = _list_bytes if problem.layout is not None else _joined_bytes
+    asked = max(count(problem, x) for x in sizes)
     if asked <= tpu_sizes.SCALAR_MEMORY:
         return ""
     return (
-        f"a block layout of so many tiles: their list may take {asked} bytes of scalar memory, "
-        f"there are {tpu_sizes.SCALAR_MEMORY}; larger tiles make it shorter"
+        f"{'' if problem.layout is None else 'a block layout of '}so many tiles: their list may take {asked} bytes of "
+        f"scalar memory, there are {tpu_sizes.SCALAR_MEMORY}; larger tiles make it shorter"
     )
+
+
+def _joined_bytes(problem: Problem, sizes: tpu_sizes.TpuTiles) -> int:
+    """Of the longest list that is needed where no layout says what is live, and batch rows and heads share it."""
+    asked = _list_bytes(problem, sizes) // (problem.sizes[0] * problem.sizes[3])
+    pairs = [x for x in (problem.bias, *problem.operands.values()) if x is not None and min(x.shape[2:]) > 1]
+    if asked <= tpu_sizes.SCALAR_MEMORY or pairs:
+        return asked
+    # Static masks may leave few of so many tiles; gradients of pairs walk over all.
+    code = _code(problem, sizes)
+    return 4 * max(make_steps(x).size for x in (code, code.swapaxes(2, 3)))
 
 
 def _list_bytes(problem: Problem, sizes: tpu_sizes.TpuTiles) -> int:

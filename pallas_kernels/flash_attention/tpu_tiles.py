@@ -93,9 +93,10 @@ class Walk:
         return (*self.sets, self.steps.shape[2], self.members)
 
     def step(self, ids, steps_ref):
-        """The packed step at the ids of a program."""
+        """The packed step at the ids of a program, in the lists one after the other."""
         sizes = self.steps.shape
-        return steps_ref[ids[0] if sizes[0] != 1 else 0, ids[1] if sizes[1] != 1 else 0, ids[2]]
+        number = (ids[0] if sizes[0] != 1 else 0) * sizes[1] + (ids[1] if sizes[1] != 1 else 0)
+        return steps_ref[number * sizes[2] + ids[2]]
 
     def place(self, ids, steps_ref):
         """Where a program is."""
@@ -169,7 +170,8 @@ def _input_spec(static: Static, spec, given: TileInput):
 
 def input_array(static: Static, given: TileInput):
     """The array of an input as the kernel reads it."""
-    array = given.array
+    # TPUs load no float16.
+    array = given.array.astype(jnp.float32) if given.array.dtype == jnp.float16 else given.array
     if given.packed:
         return array
     if given.center is not None:
@@ -282,9 +284,21 @@ def dot(static: Static, left, right, over: tuple[int, int]):
         left,
         right,
         (((over[0],), (over[1],)), ((), ())),
-        precision=static.precision,
+        precision=dot_precision(static.precision, left.dtype),
         preferred_element_type=static.dtype,
     )
+
+
+def dot_precision(precision: Any, dtype: Any) -> Any:
+    """The precision to ask for in a product of `dtype`: one that Mosaic has, and as high as what was asked for."""
+    if jnp.dtype(dtype).itemsize <= 2:
+        # These products are exact; a default that a user has set in JAX must not reach them either.
+        return jax.lax.Precision.DEFAULT
+    asked = jax.config.jax_default_matmul_precision if precision is None else precision
+    return jax.lax.Precision.HIGHEST if asked in _THREE_PASSES else precision
+
+
+_THREE_PASSES = (jax.lax.Precision.HIGH, "high", "tensorfloat32", "bfloat16_3x")
 
 
 def seen_keys(static: Static, visible, *arrays):
@@ -294,7 +308,11 @@ def seen_keys(static: Static, visible, *arrays):
     # A product, whose sums come out as columns: the largest bit of each column would lie along the wrong axis.
     bits = jnp.where(visible, 1.0, 0.0).astype(jnp.bfloat16)
     ones = jnp.ones((bits.shape[0], LANES), jnp.bfloat16)
-    seen = jax.lax.dot_general(bits, ones, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)[:, :1] > 0
+    precision = dot_precision(None, bits.dtype)
+    sums = jax.lax.dot_general(
+        bits, ones, (((0,), (0,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+    seen = sums[:, :1] > 0
     return tuple(_kept(x, seen) for x in arrays)
 
 
@@ -346,4 +364,5 @@ def call_kernel(kernel, static: Static, walk: Walk, arrays, specs, outputs, scra
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         interpret=interpret,
         name=name,
-    )(walk.steps, *arrays)
+        # Scalar memory would fill up each list of several to 128 numbers.
+    )(walk.steps.reshape(-1), *arrays)

@@ -20,6 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash_attention.pipeline import Pipeline, Place, TileInput
+from pallas_kernels.flash_attention.tpu_tiles import dot_precision
 from pallas_kernels.flash_decode.joining import join
 from pallas_kernels.flash_decode.pages import Pages, check_block, pages_of
 
@@ -163,8 +164,9 @@ def _look(static: Static, b, j, input_refs):
 
 
 def _dot(static: Static, left, right, contracted):
+    precision = dot_precision(static.precision, left.dtype)
     return jax.lax.dot_general(
-        left, right, (contracted, ((), ())), precision=static.precision, preferred_element_type=static.dtype
+        left, right, (contracted, ((), ())), precision=precision, preferred_element_type=static.dtype
     )
 
 

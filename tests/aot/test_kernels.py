@@ -129,6 +129,10 @@ FEATURES = {
         lambda *arrays: {"score_mod": mod(*arrays)},
     ),
     "offset table": ((shape(1, 255),), of_offsets),
+    "float16 bias and table": (
+        (shape(1, N, T, S, dtype="float16"), shape(1, 255, dtype="float16")),
+        lambda bias, table: {"bias": bias, **of_offsets(table)},
+    ),
     "sigmoid": ((), lambda: {"normalizer": jattn.normalizers.sigmoid()}),
     "block layout": ((), block_layout),
     "mask of one's own": ((), lambda: {"mask": jattn.masks.mask_mod(of_blocks)}),
@@ -175,6 +179,46 @@ def test_offset_tables_in_the_oblong_tiles_of_float32(target):
 @pytest.mark.parametrize("feature", [name for name in FEATURES if name != "causal"])
 def test_every_feature(target, feature):
     report = compile_it(target, "bfloat16", (64, 64), feature)
+    assert report.compiles, report.error
+
+
+@pytest.mark.parametrize("target", [name for name in ("h100", "v5e") if name in TARGETS])
+@pytest.mark.parametrize(
+    ("dtype", "precision", "default"),
+    [
+        ("bfloat16", "highest", None),
+        ("bfloat16", None, "highest"),
+        ("float32", "highest", None),
+        ("float32", "high", None),
+        ("float32", None, "tensorfloat32"),
+    ],
+)
+@pytest.mark.parametrize("length", [T, 1])
+def test_every_precision(target, dtype, precision, default, length):
+    """Asked for in the call, or set as JAX's default."""
+
+    def loss(*arrays):
+        out = jattn.dot_product_attention(*arrays, precision=precision, implementation=KERNELS[TARGETS[target]])
+        return out.sum().astype(jnp.float32)
+
+    arrays = [shape(1, rows, heads, 64, dtype=dtype) for rows, heads in ((length, N), (S, K), (S, K))]
+    with jax.default_matmul_precision(default):
+        report = jattn.aot.compile_for(jax.value_and_grad(loss, range(3)), *arrays, target=target)
+    assert report.compiles, report.error
+
+
+@pytest.mark.skipif("v5e" not in TARGETS, reason="needs pip install 'jattn[aot-tpu]'")
+def test_scalar_memory_holds_many_short_lists_of_tiles():
+    """A list of its own for each of 4,096 heads, in as many bytes as `SCALAR_MEMORY` is compared with."""
+    batch, heads, rows = 64, 64, 256
+    live = np.arange(batch * heads * 4).reshape(batch, heads, 2, 2) % 3 > 0
+    layout = from_block_mask(live, query_slots=rows, key_slots=rows, query_block=128, key_block=128)
+
+    def forward(*arrays):
+        return jattn.dot_product_attention(*arrays, layout=layout, implementation="tpu")
+
+    arrays = [shape(batch, rows, heads, 64, dtype="bfloat16")] * 3
+    report = jattn.aot.compile_for(forward, *arrays, target="v5e")
     assert report.compiles, report.error
 
 

@@ -1,5 +1,7 @@
 """`jattn.explain`: the choice that a call would make, said before it is made."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -102,3 +104,16 @@ def test_it_refuses_what_the_call_refuses():
         jattn.explain(*shaped(8)[:2], shaped(9)[0])
     with pytest.raises(TypeError, match="unexpected keyword argument 'causal'"):
         jattn.explain(*shaped(8), causal=True)
+
+
+def test_the_kernel_for_tpus_says_what_its_lists_and_products_do_not_take():
+    """Before anything is traced, so that another implementation can be taken."""
+    explain = functools.partial(jattn.explain, implementation="tpu", is_causal=True)
+    with platforms.compiling_for("tpu"):
+        long = shaped(2**18, dtype="bfloat16")
+        with pytest.raises(NotImplementedError, match="so many tiles: .* 525312 bytes .*; 'blockwise' does"):
+            explain(*long)
+        assert explain(*long, local_window_size=(1000, 0)).chosen == "tpu"
+        with pytest.raises(NotImplementedError, match="a single key.*; 'blockwise' does"):
+            explain(*shaped(8, 1))
+    assert explain(*shaped(8, 1)).chosen == "tpu"
