@@ -35,18 +35,22 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def shared_bytes(sizes: TileSizes, head_dim: int, value_dim: int, itemsize: int, backward: bool) -> int:
+def shared_bytes(
+    sizes: TileSizes, head_dim: int, value_dim: int, itemsize: int, backward: bool, capability: str = "8.0"
+) -> int:
     """Shared memory that a program with these tiles needs, an upper estimate.
 
     The side that stays is held once (queries of the forward pass also as partial tiles see them), the side that is
-    walked along once a stage (backward: once more, turned); the tile of weights passes through shared memory between
-    the two products (backward: weights and their cotangents).
+    walked along once a stage (backward: once more, turned; once more a stage where the tensor cores read both operands
+    from shared memory); the tile of weights passes through shared memory between the two products (backward: weights
+    and their cotangents).
     """
     width = padded(head_dim) + padded(value_dim)
     stays, walks = sizes.block_q, sizes.block_k
     tile = sizes.block_q * sizes.block_k * (2 if backward else 1)
     held = stays * (width if backward else 2 * padded(head_dim))
-    copies = sizes.num_stages + (1 if backward else 0)
+    turned = sizes.num_stages if capability.startswith("10.") else 1
+    copies = sizes.num_stages + (turned if backward else 0)
     return itemsize * (held + walks * width * copies + tile)
 
 
@@ -141,7 +145,7 @@ def by_rule(head_dim: int, value_dim: int, itemsize: int, backward: bool, capabi
     for block_q, block_k in candidates:
         for stages in (2, 1):
             sizes = TileSizes(block_q, block_k, warps if block_q * block_k >= 64 * 64 else 4, stages)
-            if shared_bytes(sizes, head_dim, value_dim, itemsize, backward) <= available:
+            if shared_bytes(sizes, head_dim, value_dim, itemsize, backward, capability) <= available:
                 return sizes
     raise ValueError(
         f"no tile fits: head dims {head_dim} and {value_dim} at {itemsize} bytes, {available} bytes a block"
@@ -158,7 +162,7 @@ def check(sizes: TileSizes, head_dim: int, value_dim: int, itemsize: int, backwa
         size = getattr(sizes, name)
         if size < 16 or size & (size - 1):
             raise ValueError(f"{name} must be a power of two and at least 16, got {size}")
-    asked = shared_bytes(sizes, head_dim, value_dim, itemsize, backward)
+    asked = shared_bytes(sizes, head_dim, value_dim, itemsize, backward, capability)
     available = SHARED_MEMORY.get(capability, min(SHARED_MEMORY.values()))
     if asked > available:
         working = by_rule(head_dim, value_dim, itemsize, backward, capability)

@@ -14,7 +14,7 @@ from pallas_kernels.flash_attention.sizes import TileSizes
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_choice_fits(capability, head_dim, value_dim, itemsize, backward):
     chosen = sizes.choose(head_dim, value_dim, itemsize, backward, capability)
-    asked = sizes.shared_bytes(chosen, head_dim, value_dim, itemsize, backward)
+    asked = sizes.shared_bytes(chosen, head_dim, value_dim, itemsize, backward, capability)
     assert asked <= sizes.SHARED_MEMORY[capability]
     sizes.check(chosen, head_dim, value_dim, itemsize, backward, capability)
 
