@@ -13,6 +13,8 @@ import numpy as np
 
 from jattn.cache.protocol import CachePolicy, check_sizes
 from jattn.mechanisms.entry import Cost, Entry
+from jattn.softmax import masks
+from jattn.softmax.masks import Mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,10 @@ class FullCache(CachePolicy):
     def slot_of(self, positions: Any) -> Any:
         """Slot p, or C for a position beyond the capacity."""
         return jnp.minimum(positions, self.max_tokens)
+
+    def parallel_mask(self) -> Mask:
+        """Causal, or full for conditions."""
+        return masks.causal() if self.causal else masks.full()
 
 
 def _example(key, length):

@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jattn.softmax.masks import Mask
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +155,14 @@ class CachePolicy:
     def visible(self, query_positions: Any, key_positions: Any) -> Any:
         """The policy's own rule on broadcastable positions, beside pos >= 0 and causality."""
         return True
+
+    def parallel_mask(self) -> Mask:
+        """The mask under which one parallel pass of attention sees what decoding with this policy sees.
+
+        Raises:
+            ValueError: there is no such mask, because what is kept depends on more than positions.
+        """
+        raise ValueError(f"what {self} keeps cannot be said by a mask on positions")
 
     def init(self, batch: int, kv_heads: int, head_dim: int, v_dim: int, dtype: Any = jnp.float32) -> KVCache:
         """An empty cache.

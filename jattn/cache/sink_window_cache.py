@@ -21,6 +21,8 @@ import numpy as np
 
 from jattn.cache.protocol import CachePolicy, KVCache, check_sizes
 from jattn.mechanisms.entry import Cost, Entry, Paper
+from jattn.softmax import masks
+from jattn.softmax.masks import Mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,16 @@ class SinkWindowCache(CachePolicy):
     def visible(self, query_positions: Any, key_positions: Any) -> Any:
         """Sinks and the last W positions."""
         return (key_positions < self.num_sinks) | (key_positions > query_positions - self.window)
+
+    def parallel_mask(self) -> Mask:
+        """The sliding window with sinks.
+
+        Raises:
+            ValueError: `positions="cache"`, which changes what queries see beside hiding keys.
+        """
+        if self._renumbers:
+            return super().parallel_mask()
+        return masks.sliding_window(self.window, self.num_sinks)
 
     @property
     def _renumbers(self) -> bool:

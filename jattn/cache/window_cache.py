@@ -13,6 +13,8 @@ import numpy as np
 
 from jattn.cache.protocol import CachePolicy, check_sizes
 from jattn.mechanisms.entry import Cost, Entry, Paper
+from jattn.softmax import masks
+from jattn.softmax.masks import Mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,10 @@ class WindowCache(CachePolicy):
     def visible(self, query_positions: Any, key_positions: Any) -> Any:
         """The last W positions."""
         return key_positions > query_positions - self.window
+
+    def parallel_mask(self) -> Mask:
+        """The sliding window."""
+        return masks.sliding_window(self.window)
 
 
 def _example(key, length):

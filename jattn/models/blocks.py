@@ -1,6 +1,7 @@
-"""What all models share: the MLP, the pre-norm block, the stack of blocks, and how their losses are gathered.
+"""What all models share: the MLP, the block, and their ends.
 
 h = x + attention(norm(x));   y = h + mlp(norm(h))
+or, with norms after:   h = norm(x + attention(x));   y = norm(h + mlp(h))
 """
 
 from __future__ import annotations
@@ -16,11 +17,7 @@ from jaxtyping import Array, Float
 
 from jattn.layers.attention import LayerOutput
 from jattn.layers.norms import make_norm
-from jattn.layers.positions import LearnedAbs, sinusoidal
-from jattn.layers.rope import Rope
 from jattn.layers.sharding import axes
-from jattn.mechanisms.softmax.alibi import Alibi
-from jattn.mechanisms.softmax.t5_bias import T5Bias
 from jattn.models.config import TransformerConfig
 from jattn.models.sites import Sites
 
@@ -39,7 +36,8 @@ class ModelOutput(NamedTuple):
     """The cache after this call; None without one."""
     aux: dict[str, Any] = {}
     """'losses': by name, averaged over the layers that report them; 'statistics': by name, a list with one item for
-    each layer that reports; 'sites': the recorded sites."""
+    each layer that reports; 'hook' and 'cross_hook': what hooks observed, stacked over layers; 'sites': the recorded
+    sites."""
 
 
 class Mlp(nnx.Module):
@@ -85,7 +83,9 @@ class Mlp(nnx.Module):
         if self.gate is not None:
             hidden = jax.nn.silu(self.gate(x)) * hidden
         else:
-            hidden = (jax.nn.gelu if self.kind == "gelu" else jax.nn.relu)(hidden)
+            hidden = (
+                jax.nn.relu(hidden) if self.kind == "relu" else jax.nn.gelu(hidden, approximate=self.kind == "gelu")
+            )
         return self.down(hidden)
 
 
@@ -96,165 +96,128 @@ def scale_start(projection: Any, factor: float | int) -> None:
 
 
 class Block(nnx.Module):
-    """A pre-norm block: attention, then the MLP, each added to the stream.
+    """A block: attention, in a decoder of an encoder-decoder cross attention, and the MLP, each added to the stream.
 
     Args:
         config: of the model.
         factory: makes the attention layer; see `jattn.models.resolve`.
         position: position option of the layer.
+        cross_factory: makes the layer of cross attention; none if not given.
         rngs: for the initial values.
     """
 
-    def __init__(self, config: TransformerConfig, factory: Callable[..., Any], position: Any, *, rngs: nnx.Rngs):
-        def norm() -> nnx.Module:
-            return make_norm(
-                config.norm,
+    def __init__(
+        self,
+        config: TransformerConfig,
+        factory: Callable[..., Any],
+        position: Any,
+        *,
+        cross_factory: Callable[..., Any] | None = None,
+        rngs: nnx.Rngs,
+    ):
+        def attention(factory: Callable[..., Any], position: Any) -> Any:
+            biased = {"use_bias": True} if config.use_bias else {}
+            layer = factory(
                 config.features,
-                epsilon=config.norm_epsilon,
+                config.num_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+                position=position,
                 dtype=config.dtype,
                 param_dtype=config.param_dtype,
+                **biased,
                 rngs=rngs,
             )
+            if hasattr(layer, "out"):
+                scale_start(layer.out, config.residual_scale)
+            return layer
 
-        self.attention_norm = norm()
-        self.attention = factory(
-            config.features,
-            config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            position=position,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            rngs=rngs,
-        )
-        if hasattr(self.attention, "out"):
-            scale_start(self.attention.out, config.residual_scale)
-        self.mlp_norm = norm() if config.has_mlp else None
+        self.is_post = config.norm_placement == "post"
+        self.attention_norm = norm_of(config, config.features, rngs=rngs)
+        self.attention = attention(factory, position)
+        self.attention_scale = channel_scale(config)
+        has_cross = cross_factory is not None
+        self.cross_norm = norm_of(config, config.features, rngs=rngs) if has_cross else None
+        self.cross = attention(cross_factory, None) if cross_factory is not None else None
+        self.cross_scale = channel_scale(config) if has_cross else None
+        self.mlp_norm = norm_of(config, config.features, rngs=rngs) if config.has_mlp else None
         self.mlp = Mlp(config, rngs=rngs) if config.has_mlp else None
+        self.mlp_scale = channel_scale(config) if config.has_mlp else None
         self.dropout = nnx.Dropout(config.dropout)
-
-    def __call__(
-        self, x: Float[Array, "B T M"], *, layer: int, sites: Sites, deterministic: bool, rngs: Any, **call: Any
-    ) -> LayerOutput:
-        """Run the block; `call` goes to the attention layer."""
-        if "head_out" in sites.wanted:
-            if "tap" not in inspect.signature(type(self.attention).__call__).parameters:
-                raise ValueError(
-                    f"record and replace cannot name 'head_out': {type(self.attention).__name__} shows no per-head "
-                    "outputs (its call has no argument tap)"
-                )
-            call["tap"] = lambda site, value: sites.visit(site, value, layer)
-        found = self.attention(self.attention_norm(x), deterministic=deterministic, rngs=rngs, **call)
-        added = self.dropout(found.output, deterministic=deterministic, rngs=rngs)
-        x = x + sites.visit("attn_out", added, layer)
-        if self.mlp is not None and self.mlp_norm is not None:
-            added = self.dropout(self.mlp(self.mlp_norm(x)), deterministic=deterministic, rngs=rngs)
-            x = x + sites.visit("mlp_out", added, layer)
-        return LayerOutput(sites.visit("resid", x, layer), found.cache, found.aux)
-
-
-class Stack(nnx.Module):
-    """Positions, blocks and the last norm: a transformer without its ends.
-
-    Args:
-        config: of the model.
-        factory: makes the attention layers; see `jattn.models.resolve`.
-        bidirectional: whether relative positions have two directions.
-        rngs: for the initial values.
-    """
-
-    def __init__(self, config: TransformerConfig, factory: Callable[..., Any], *, bidirectional: bool, rngs: nnx.Rngs):
-        self.config = config
-        position: Any = None
-        if config.position == "rope":
-            position = Rope(config.rope_base, config.rope_layout, None, config.rope_scaling)
-        elif config.position == "alibi":
-            position = Alibi()
-        elif config.position == "t5":
-            position = T5Bias(config.num_heads, bidirectional=bidirectional, param_dtype=config.param_dtype, rngs=rngs)
-        learned = None
-        if config.position == "learned":
-            learned = LearnedAbs(
-                config.max_length,
-                config.features,
-                dtype=config.dtype,
-                param_dtype=config.param_dtype,
-                std=config.embedding_std,
-                rngs=rngs,
-            )
-        self.learned = learned
-        self.blocks = nnx.List([Block(config, factory, position, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = make_norm(
-            config.norm,
-            config.features,
-            epsilon=config.norm_epsilon,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            rngs=rngs,
-        )
-        self.dropout = nnx.Dropout(config.dropout)
-
-    def add_positions(self, x: Float[Array, "B T M"], positions: Any) -> Float[Array, "B T M"]:
-        """Add absolute positions, where the configuration has such; None stands for 0 .. T-1."""
-        if self.config.position not in ("learned", "sinusoidal"):
-            return x
-        places = jnp.arange(x.shape[1]) if positions is None else positions
-        if self.learned is not None:
-            return x + self.learned(places)
-        return x + sinusoidal(places, x.shape[-1]).astype(x.dtype)
 
     def __call__(
         self,
         x: Float[Array, "B T M"],
         *,
+        layer: int,
         sites: Sites,
-        caches: Any = None,
-        deterministic: bool = True,
-        rngs: Any = None,
+        deterministic: bool,
+        rngs: Any,
+        cross: dict[str, Any] | None = None,
         **call: Any,
-    ) -> tuple[Float[Array, "B T M"], Any, dict[str, Any]]:
-        """Run all blocks and the last norm.
+    ) -> LayerOutput:
+        """Run the block; `call` goes to the attention layer, `cross` to that of cross attention."""
 
-        Args:
-            x: `[B, T, M]`, embeddings with positions.
-            sites: what to record and replace.
-            caches: (policy, cache) of every layer, or None.
-            deterministic: no dropout.
-            rngs: for dropout.
-            **call: goes to every attention layer.
+        def add(x: jax.Array, norm: Any, scale: Any, function: Callable[..., Any], site: str) -> jax.Array:
+            added = function(x if self.is_post else norm(x))
+            added = added if scale is None else added * scale.get_value().astype(added.dtype)
+            added = self.dropout(added, deterministic=deterministic, rngs=rngs)
+            x = x + sites.visit(site, added, layer)
+            return norm(x) if self.is_post else x
 
-        Returns:
-            The normed stream, the caches of the layers, and aux.
-        """
-        if isinstance(rngs, jax.Array):
-            rngs = nnx.Rngs(rngs)  # A stream, so that every layer draws numbers of its own.
-        losses: dict[str, list[Any]] = {}
-        statistics: dict[str, list[Any]] = {}
-        new_caches = []
-        x = self.dropout(sites.visit("embed", x), deterministic=deterministic, rngs=rngs)
-        for layer, block in enumerate(self.blocks):
-            if caches is not None:
-                call["cache"] = caches[layer]
-            done = block(x, layer=layer, sites=sites, deterministic=deterministic, rngs=rngs, **call)
-            x = done.output
-            new_caches.append(done.cache)
-            for name, value in done.aux.items():
-                (losses if name.endswith("_loss") else statistics).setdefault(name, []).append(value)
-        aux: dict[str, Any] = {}
-        if losses:
-            aux["losses"] = {name: sum(values) / len(values) for name, values in losses.items()}
-        if statistics:
-            aux["statistics"] = statistics
-        if sites.recorded():
-            aux["sites"] = sites.recorded()
-        return self.norm(x), tuple(new_caches), aux
+        def attend(attention: Any, site: str, call: dict[str, Any]) -> Callable[..., Any]:
+            def run(x: jax.Array) -> jax.Array:
+                arguments = {"deterministic": deterministic, "rngs": rngs, **call}
+                found.append(attention(x, **arguments, **_tap(attention, site, sites, layer)))
+                return found[-1].output
+
+            return run
+
+        found: list[LayerOutput] = []
+        x = add(x, self.attention_norm, self.attention_scale, attend(self.attention, "head_out", call), "attn_out")
+        if self.cross is not None:
+            run = attend(self.cross, "cross_head_out", cross or {})
+            x = add(x, self.cross_norm, self.cross_scale, run, "cross_out")
+        if self.mlp is not None:
+            x = add(x, self.mlp_norm, self.mlp_scale, self.mlp, "mlp_out")
+        caches, aux = found[0].cache, found[0].aux
+        if self.cross is not None:
+            caches = (caches, found[1].cache)
+            aux = {**aux, **{f"cross_{name}": value for name, value in found[1].aux.items()}}
+        return LayerOutput(sites.visit("resid", x, layer), caches, aux)
+
+
+def _tap(attention: Any, site: str, sites: Sites, layer: int) -> dict[str, Any]:
+    """The argument that lets a site see the per-head outputs of a layer, if somebody wants to."""
+    if site not in sites.wanted:
+        return {}
+    if "tap" not in inspect.signature(type(attention).__call__).parameters:
+        raise ValueError(
+            f"record and replace cannot name {site!r}: {type(attention).__name__} shows no per-head outputs (its call "
+            "has no argument tap)"
+        )
+    return {"tap": lambda _, value: sites.visit(site, value, layer)}
+
+
+def norm_of(config: TransformerConfig, width: int, *, rngs: nnx.Rngs) -> nnx.Module:
+    """A norm as the configuration wants it."""
+    return make_norm(
+        config.norm, width, epsilon=config.norm_epsilon, dtype=config.dtype, param_dtype=config.param_dtype, rngs=rngs
+    )
+
+
+def channel_scale(config: TransformerConfig) -> nnx.Param | None:
+    """LayerScale: a learned factor for each channel (arXiv 2103.17239), where the configuration has it."""
+    if config.layer_scale is None:
+        return None
+    return nnx.Param(jnp.full((config.features,), config.layer_scale, config.param_dtype), **axes("embed"))
 
 
 def embedding(config: TransformerConfig, *, rngs: nnx.Rngs) -> nnx.Embed:
     """The token table of a model."""
     return nnx.Embed(
         config.vocab_size,
-        config.features,
+        config.embedding_width,
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         embedding_init=nnx.initializers.normal(config.embedding_std),
@@ -275,12 +238,3 @@ def head(config: TransformerConfig, outputs: int, *, use_bias: bool, rngs: nnx.R
         bias_metadata=axes("vocab"),
         rngs=rngs,
     )
-
-
-def reject_hook(hook: Any) -> None:
-    """Refuse a hook: models take `record` and `replace` so far."""
-    if hook is not None:
-        raise NotImplementedError(
-            f"hook: models of this version run no attention hooks, got {type(hook).__name__}; use record= and replace= "
-            "for the sites of a model"
-        )

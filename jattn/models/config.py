@@ -11,12 +11,13 @@ from jattn.layers.norms import NORMS
 from jattn.layers.rope_scaling import RopeScaling
 
 POSITIONS = ("rope", "alibi", "t5", "learned", "sinusoidal", "none")
-MLPS = ("gelu", "relu", "swiglu", "none")
+MLPS = ("gelu", "gelu_erf", "relu", "swiglu", "none")
+NORM_PLACEMENTS = ("pre", "post")
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """Sizes and options of a pre-norm transformer.
+    """Sizes and options of a transformer.
 
     Args:
         vocab_size: V; unused by a vision transformer.
@@ -25,7 +26,8 @@ class TransformerConfig:
         num_heads: N.
         num_kv_heads: K, which divides N; N if not given.
         head_dim: D; M / N if not given.
-        mlp: `"gelu"`, `"relu"`, `"swiglu"`, or `"none"` for blocks of attention alone.
+        mlp: `"gelu"` (by tanh), `"gelu_erf"` (the exact one), `"relu"`, `"swiglu"`, or `"none"` for blocks of attention
+            alone.
         mlp_ratio: hidden width of the MLP over M; 0 for blocks of attention alone, like `mlp="none"`.
         max_length: the longest sequence; the size of a learned position table.
         position: `"rope"`, `"alibi"`, `"t5"`, `"learned"`, `"sinusoidal"` or `"none"`.
@@ -34,6 +36,12 @@ class TransformerConfig:
         rope_scaling: a rule of `jattn.layers.rope_scaling`.
         norm: `"rmsnorm"` or `"layernorm"`.
         norm_epsilon: inside the root.
+        norm_placement: `"pre"`, x + f(norm(x)) and a last norm; `"post"`, norm(x + f(x)), as in BERT.
+        embedding_norm: whether embeddings, positions added, go through a norm.
+        embedding_features: E, width of the token and position tables, which a projection then brings to M; M if not
+            given.
+        share_layers: whether all blocks have the same weights, as in ALBERT.
+        layer_scale: first value of a learned factor for each channel of what attention and MLP add; None for no factor.
         dropout: of embeddings and of what attention and MLP add to the stream.
         tie_embeddings: logits by the embedding table.
         use_bias: whether projections have biases.
@@ -66,6 +74,11 @@ class TransformerConfig:
     rope_scaling: RopeScaling | None = None
     norm: str = "rmsnorm"
     norm_epsilon: float | int = 1e-6
+    norm_placement: str = "pre"
+    embedding_norm: bool = False
+    embedding_features: int | None = None
+    share_layers: bool = False
+    layer_scale: float | int | None = None
     dropout: float | int = 0.0
     tie_embeddings: bool = True
     use_bias: bool = False
@@ -82,9 +95,12 @@ class TransformerConfig:
             raise ValueError(f"num_kv_heads must divide num_heads = {self.num_heads}, got {self.num_kv_heads}")
         if self.head_dim is None and self.features % self.num_heads:
             raise ValueError(f"num_heads must divide features = {self.features} unless head_dim is given")
-        for name, words in (("position", POSITIONS), ("mlp", MLPS), ("norm", NORMS)):
+        words_of = {"position": POSITIONS, "mlp": MLPS, "norm": NORMS, "norm_placement": NORM_PLACEMENTS}
+        for name, words in words_of.items():
             if getattr(self, name) not in words:
                 raise ValueError(f"{name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
+        if self.embedding_features is not None and self.embedding_features < 1:
+            raise ValueError(f"embedding_features must be at least 1, got {self.embedding_features}")
         if self.mlp_ratio < 0:
             raise ValueError(f"mlp_ratio must not be negative, got {self.mlp_ratio}")
         for name in ("embedding_std", "residual_scale"):
@@ -97,6 +113,11 @@ class TransformerConfig:
     def kv_heads(self) -> int:
         """K."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def embedding_width(self) -> int:
+        """E, width of the token and position tables."""
+        return self.features if self.embedding_features is None else self.embedding_features
 
     @property
     def has_mlp(self) -> bool:

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jattn.cache import CachePolicy, token_positions
-from jattn.models.blocks import ModelOutput, Stack, embedding, head, reject_hook
+from jattn.models.blocks import ModelOutput, embedding, head
 from jattn.models.config import TransformerConfig
-from jattn.models.resolve import resolve
 from jattn.models.sites import Sites
+from jattn.models.stack import Stack
+from jattn.models.swap import Attention, factories
 from jattn.softmax import masks
 
 
@@ -37,8 +38,10 @@ class DecoderLM(nnx.Module):
 
     Args:
         config: sizes and options.
-        attention: name of a catalogued mechanism that supports causal self attention.
-        attention_options: its hyper-parameters; for a mechanism that is a function, those of `MultiHeadAttention` too.
+        attention: name of a catalogued mechanism that supports causal self attention, or one `Swap` or several: other
+            mechanisms for some layers and heads.
+        attention_options: hyper-parameters of the named mechanism; for one that is a function, those of
+            `MultiHeadAttention` too.
         rngs: for the initial values.
 
     Raises:
@@ -56,15 +59,15 @@ class DecoderLM(nnx.Module):
         self,
         config: TransformerConfig,
         *,
-        attention: str = "softmax_attention",
+        attention: Attention = "softmax_attention",
         attention_options: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs,
     ):
-        factory = resolve(attention, "causal self", **(attention_options or {}))
+        made = factories(attention, attention_options, "causal self", config)
         self.config = config
         self.attention = attention
         self.embed = embedding(config, rngs=rngs)
-        self.stack = Stack(config, factory, bidirectional=False, rngs=rngs)
+        self.stack = Stack(config, made, bidirectional=False, rngs=rngs)
         tied = config.tie_embeddings
         self.head = None if tied else head(config, config.vocab_size, use_bias=False, rngs=rngs)
 
@@ -112,20 +115,19 @@ class DecoderLM(nnx.Module):
             positions: `[T]` or `[B, T]`; 0 .. T-1 if not given. Not together with a cache, which counts them.
             segment_ids: `[B, T]`, documents packed in a row; negative = padding. With a cache only the sign counts.
             cache: what `init_cache` made; the new tokens are stored in it.
-            hook: not taken yet.
+            hook: a `jattn.probes.AttnHook` for every attention, its arrays with a leading layer axis.
             record: sites to record: 'embed', 'head_out', 'attn_out', 'mlp_out', 'resid'.
             replace: (mask, value) by site: x <- where(mask, value, x), broadcastable to the site's stacked shape.
             deterministic: no dropout.
             rngs: an `nnx.Rngs` or a key, for dropout.
 
         Returns:
-            ModelOutput(logits `[B, T, V]`, cache, aux); recorded sites are aux['sites'], losses aux['losses'].
+            ModelOutput(logits `[B, T, V]`, cache, aux); recorded sites are aux['sites'], losses aux['losses'], what
+            the hook observed aux['hook'].
 
         Raises:
             ValueError: bad shapes, an unknown site, or a call that the mechanism cannot serve.
-            NotImplementedError: a hook.
         """
-        reject_hook(hook)
         tokens = checked_tokens(tokens)
         sites = Sites(tuple(record), replace or {}, self.config.num_layers)
         places, caches = positions, None
@@ -135,11 +137,12 @@ class DecoderLM(nnx.Module):
             valid = None if segment_ids is None else jnp.asarray(segment_ids) >= 0
             places = jnp.maximum(token_positions(cache.layers[0], tokens.shape[1], valid), 0)
             caches = tuple(zip(cache.policies, cache.layers, strict=True))
-        x = self.stack.add_positions(self.embed(tokens), places)
+        x = self.stack.enter(self.embed(tokens), places)
         x, layers, aux = self.stack(
             x,
             sites=sites,
             caches=caches,
+            hook=hook,
             deterministic=deterministic,
             rngs=rngs,
             mask=masks.causal(),

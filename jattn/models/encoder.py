@@ -8,11 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from jattn.models.blocks import ModelOutput, Stack, embedding, head, reject_hook
+from jattn.models.blocks import ModelOutput, embedding, head
 from jattn.models.config import TransformerConfig
 from jattn.models.decoder import checked_tokens
-from jattn.models.resolve import resolve
 from jattn.models.sites import Sites
+from jattn.models.stack import Stack
+from jattn.models.swap import Attention, factories
 
 
 class Encoder(nnx.Module):
@@ -20,8 +21,9 @@ class Encoder(nnx.Module):
 
     Args:
         config: sizes and options.
-        attention: name of a catalogued mechanism that supports noncausal self attention.
-        attention_options: its hyper-parameters; for a mechanism that is a function, those of `MultiHeadAttention` too.
+        attention: name of a catalogued mechanism that supports noncausal self attention, or one `Swap` or several.
+        attention_options: hyper-parameters of the named mechanism; for one that is a function, those of
+            `MultiHeadAttention` too.
         num_classes: classes of a whole row, read from the mean over its tokens; None for logits of every token.
         rngs: for the initial values.
 
@@ -40,21 +42,21 @@ class Encoder(nnx.Module):
         self,
         config: TransformerConfig,
         *,
-        attention: str = "softmax_attention",
+        attention: Attention = "softmax_attention",
         attention_options: Mapping[str, Any] | None = None,
         num_classes: int | None = None,
         rngs: nnx.Rngs,
     ):
-        factory = resolve(attention, "noncausal self", **(attention_options or {}))
+        made = factories(attention, attention_options, "noncausal self", config)
         self.config, self.attention, self.num_classes = config, attention, num_classes
         self.embed = embedding(config, rngs=rngs)
-        self.stack = Stack(config, factory, bidirectional=True, rngs=rngs)
+        self.stack = Stack(config, made, bidirectional=True, rngs=rngs)
         if num_classes is not None:
             self.head = head(config, num_classes, use_bias=True, rngs=rngs)
         else:
             self.head = None if config.tie_embeddings else head(config, config.vocab_size, use_bias=False, rngs=rngs)
 
-    def __call__(
+    def states(
         self,
         tokens: Any,
         *,
@@ -65,33 +67,32 @@ class Encoder(nnx.Module):
         replace: Mapping[str, Any] | None = None,
         deterministic: bool = True,
         rngs: Any = None,
-    ) -> ModelOutput:
+    ) -> tuple[Any, dict[str, Any]]:
+        """The stream after the last block and norm, `[B, T, M]`, and aux; arguments as in a call of the model."""
+        tokens = checked_tokens(tokens)
+        sites = Sites(tuple(record), replace or {}, self.config.num_layers)
+        x = self.stack.enter(self.embed(tokens), positions)
+        call = {"positions": positions, "segment_ids": segment_ids}
+        x, _, aux = self.stack(x, sites=sites, hook=hook, deterministic=deterministic, rngs=rngs, **call)
+        return x, aux
+
+    def __call__(self, tokens: Any, *, segment_ids: Any = None, **options: Any) -> ModelOutput:
         """Encode.
 
         Args:
             tokens: integers `[B, T]`.
-            positions: `[T]` or `[B, T]`; 0 .. T-1 if not given.
             segment_ids: `[B, T]`, documents packed in a row; negative = padding, left out of the mean.
-            hook: not taken yet.
-            record: sites to record.
-            replace: (mask, value) by site.
-            deterministic: no dropout.
-            rngs: an `nnx.Rngs` or a key, for dropout.
+            **options: positions `[T]` or `[B, T]`, 0 .. T-1 if not given; hook, a `jattn.probes.AttnHook` for every
+                attention, its arrays with a leading layer axis; record, sites to record; replace, (mask, value) by
+                site; deterministic, no dropout (the default); rngs, an `nnx.Rngs` or a key, for dropout.
 
         Returns:
             ModelOutput(logits `[B, T, V]` or `[B, num_classes]`, None, aux).
 
         Raises:
             ValueError: bad shapes, an unknown site, or a call that the mechanism cannot serve.
-            NotImplementedError: a hook.
         """
-        reject_hook(hook)
-        tokens = checked_tokens(tokens)
-        sites = Sites(tuple(record), replace or {}, self.config.num_layers)
-        x = self.stack.add_positions(self.embed(tokens), positions)
-        x, _, aux = self.stack(
-            x, sites=sites, deterministic=deterministic, rngs=rngs, positions=positions, segment_ids=segment_ids
-        )
+        x, aux = self.states(tokens, segment_ids=segment_ids, **options)
         if self.num_classes is not None and self.head is not None:
             return ModelOutput(self.head(mean_of_tokens(x, segment_ids)), None, aux)
         return ModelOutput(self.embed.attend(x) if self.head is None else self.head(x), None, aux)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
 from flax import nnx
 
 from jattn import catalog
 from jattn.layers.attention import MultiHeadAttention
 from jattn.mechanisms.entry import PATTERNS, Entry
+from jattn.softmax.api import dot_product_attention
+from jattn.softmax.masks import Mask
 
 # What the layer itself passes, from the call or from the model's configuration.
 _FROM_CALL = frozenset(
@@ -45,19 +48,127 @@ def keywords(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(names)
 
 
+MASKED = ("mask", "cache")
+"""Kinds that stand for softmax attention under a mask: their own, or what a cache of that policy lets queries see."""
+
+
 def is_attention(entry: Entry) -> bool:
-    """Whether an entry can stand in a model's attention: a layer, or a function of (query, key, value)."""
+    """Whether an entry can stand in a model's attention: a layer, a function of (query, key, value), or a mask."""
     if entry.layer is not None:
         return {"features", "num_heads"} <= keywords(entry.layer)
     names = list(inspect.signature(entry.target).parameters)
-    return names[:3] == ["query", "key", "value"]
+    return entry.kind in MASKED or names[:3] == ["query", "key", "value"]
+
+
+def own_options(entry: Entry) -> frozenset[str]:
+    """The hyper-parameters of an entry that is a function."""
+    if entry.kind in MASKED:
+        return frozenset(inspect.signature(entry.target).parameters)
+    return keywords(entry.target) - _FROM_CALL - _FROM_MODEL
 
 
 def options_of(entry: Entry) -> frozenset[str]:
     """The hyper-parameters that `resolve` takes for an entry."""
     if entry.layer is not None:
         return keywords(entry.layer) - _FROM_MODEL
-    return (keywords(entry.target) - _FROM_CALL | keywords(MultiHeadAttention)) - _FROM_MODEL
+    return own_options(entry) | keywords(MultiHeadAttention) - _FROM_MODEL
+
+
+def attention_entry(name: str, pattern: str | None = None) -> Entry:
+    """The entry of a mechanism that can stand in a model's attention.
+
+    Raises:
+        ValueError: an unknown name or pattern, or an entry that is no attention or lacks the pattern.
+    """
+    if pattern is not None and pattern not in PATTERNS:
+        raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, got {pattern!r}")
+    entry = catalog.find(name)
+    if not is_attention(entry):
+        raise ValueError(
+            f"{name} is a {entry.kind}, which cannot stand as the attention of a model: that takes a layer, a "
+            "function of (query, key, value), a mask or a cache policy"
+        )
+    if pattern is not None and pattern not in entry.patterns:
+        raise ValueError(f"{name} does not support {pattern!r}; it supports: {', '.join(entry.patterns) or 'nothing'}")
+    return entry
+
+
+def _check_options(entry: Entry, options: Iterable[str], valid: frozenset[str]) -> None:
+    for option in options:
+        if option not in valid:
+            near = difflib.get_close_matches(option, valid, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{entry.name} has no option {option!r}.{hint} Valid options: {', '.join(sorted(valid))}")
+
+
+def resolve_function(name: str, pattern: str | None = None, /, **options: Any) -> Callable[..., Any]:
+    """Turn the name of a mechanism without parameters into an attention function.
+
+    Args:
+        name: a catalogued function of (query, key, value), a mask, or the policy of a cache.
+        pattern: what it must support, such as `"causal self"`; anything if not given.
+        **options: its hyper-parameters.
+
+    Returns:
+        A function of (query, key, value) with the options bound.
+
+    Raises:
+        ValueError: as `resolve`, and for a mechanism that is a layer.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> function = resolve_function("window_cache", "causal self", window=2)
+        >>> function(*[jnp.ones((1, 3, 1, 4))] * 3, is_causal=True).shape
+        (1, 3, 1, 4)
+    """
+    entry = attention_entry(name, pattern)
+    if entry.layer is not None:
+        raise ValueError(f"{name} is a layer with parameters of its own; a function of (query, key, value) is needed")
+    _check_options(entry, options, own_options(entry))
+    if entry.kind == "mask":
+        return functools.partial(masked_attention, visible=entry.target(**options))
+    if entry.kind == "cache":
+        return functools.partial(masked_attention, visible=entry.target(**options).parallel_mask())
+    return functools.partial(entry.target, **options) if options else entry.target
+
+
+def masked_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    visible: Mask,
+    mask: Any = None,
+    query_positions: Any = None,
+    key_positions: Any = None,
+    **arguments: Any,
+) -> jax.Array:
+    """Softmax attention under a mask that belongs to the mechanism, and that of the call.
+
+    o = softmax(scale q k^T + log [visible & mask]) v
+
+    Args:
+        query: `[B, T, N, D]`.
+        key: `[B, S, K, D]`.
+        value: `[B, S, K, Dv]`.
+        visible: the mask of the mechanism.
+        mask: an array or a Mask.
+        query_positions: `[B|1, T]`, what masks see instead of 0 .. T-1.
+        key_positions: `[B|1, S]`.
+        **arguments: of `jattn.dot_product_attention`.
+
+    Returns:
+        `[B, T, N, Dv]`.
+    """
+    if isinstance(mask, Mask):
+        visible = visible & mask
+    elif mask is not None:
+        shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
+        places = {"query_positions": query_positions, "key_positions": key_positions}
+        visible = visible.to_dense(*shape, **places) & mask
+    return dot_product_attention(
+        query, key, value, mask=visible, query_positions=query_positions, key_positions=key_positions, **arguments
+    )
 
 
 def resolve(name: str, pattern: str | None = None, /, **options: Any) -> Callable[..., nnx.Module]:
@@ -65,7 +176,7 @@ def resolve(name: str, pattern: str | None = None, /, **options: Any) -> Callabl
 
     Args:
         name: a catalogued mechanism: a layer, or a function of (query, key, value), which `MultiHeadAttention` then
-            calls.
+            calls; a mask or a cache policy stands for softmax attention under that mask.
         pattern: what it must support, such as `"causal self"`; anything if not given.
         **options: hyper-parameters of the mechanism, and for a function those of `MultiHeadAttention` too.
 
@@ -82,26 +193,11 @@ def resolve(name: str, pattern: str | None = None, /, **options: Any) -> Callabl
         >>> type(factory(16, 4, rngs=nnx.Rngs(0))).__name__
         'MultiHeadAttention'
     """
-    if pattern is not None and pattern not in PATTERNS:
-        raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, got {pattern!r}")
-    entry = catalog.find(name)
-    if not is_attention(entry):
-        raise ValueError(
-            f"{name} is a {entry.kind}, which cannot stand as the attention of a model: that takes a layer or a "
-            "function of (query, key, value)"
-        )
-    if pattern is not None and pattern not in entry.patterns:
-        raise ValueError(f"{name} does not support {pattern!r}; it supports: {', '.join(entry.patterns) or 'nothing'}")
-    valid = options_of(entry)
-    for option in options:
-        if option not in valid:
-            near = difflib.get_close_matches(option, valid, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{name} has no option {option!r}.{hint} Valid options: {', '.join(sorted(valid))}")
+    entry = attention_entry(name, pattern)
+    _check_options(entry, options, options_of(entry))
     if entry.layer is not None:
         return functools.partial(entry.layer, **options)
-    own = keywords(entry.target) - _FROM_CALL - _FROM_MODEL
-    bound = {name: value for name, value in options.items() if name in own}
+    own = own_options(entry)
+    function = resolve_function(name, pattern, **{name: value for name, value in options.items() if name in own})
     rest = {name: value for name, value in options.items() if name not in own}
-    function = functools.partial(entry.target, **bound) if bound else entry.target
     return functools.partial(MultiHeadAttention, attention_fn=function, **rest)

@@ -1,19 +1,21 @@
 """Sites: the named places of a model whose values can be recorded and replaced.
 
-'embed' [B, T, M];   'head_out' [L, B, T, N, Dv] (before W_o), 'attn_out', 'mlp_out', 'resid' [L, B, T, M]
+'embed' [B, T, M];   'head_out' [L, B, T, N, Dv] (before W_o), 'attn_out', 'mlp_out', 'resid' [L, B, T, M];
+with cross attention also 'cross_head_out' and 'cross_out', of the shapes of 'head_out' and 'attn_out'
 
 replace[site] = (mask, value):   x <- where(mask, value, x), both broadcastable to the site's shape
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
 SITES = ("embed", "head_out", "attn_out", "mlp_out", "resid")
-RANKS = {"embed": 3, "head_out": 5, "attn_out": 4, "mlp_out": 4, "resid": 4}
+CROSS_SITES = (*SITES, "cross_head_out", "cross_out")
+RANKS = {"embed": 3, "head_out": 5, "attn_out": 4, "mlp_out": 4, "resid": 4, "cross_head_out": 5, "cross_out": 4}
 
 
 class Sites:
@@ -23,6 +25,7 @@ class Sites:
         record: names of the sites to record.
         replace: (mask, value) by name of site.
         num_layers: L.
+        known: the sites that the model has.
 
     Raises:
         ValueError: an unknown site, or a mask or value of too many axes or of a wrong number of layers.
@@ -34,11 +37,13 @@ class Sites:
         (1, 3, 4)
     """
 
-    def __init__(self, record: Iterable[str], replace: Mapping[str, Any], num_layers: int):
+    def __init__(
+        self, record: Iterable[str], replace: Mapping[str, Any], num_layers: int, known: Sequence[str] = SITES
+    ):
         for name, sites in (("record", record), ("replace", replace)):
-            unknown = [site for site in sites if site not in SITES]
+            unknown = [site for site in sites if site not in known]
             if unknown:
-                raise ValueError(f"{name} names unknown sites {', '.join(unknown)}; sites are {', '.join(SITES)}")
+                raise ValueError(f"{name} names unknown sites {', '.join(unknown)}; sites are {', '.join(known)}")
         self.wanted = {*record, *replace}
         self._record = frozenset(record)
         self._values: dict[str, list[Any]] = {site: [] for site in record}

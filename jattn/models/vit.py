@@ -15,10 +15,12 @@ from jax.typing import ArrayLike
 from jattn import catalog
 from jattn.layers.attention import LayerOutput
 from jattn.layers.sharding import axes
-from jattn.models.blocks import ModelOutput, Stack, reject_hook
+from jattn.models.blocks import ModelOutput
 from jattn.models.config import TransformerConfig
-from jattn.models.resolve import keywords, resolve
+from jattn.models.resolve import keywords
 from jattn.models.sites import Sites
+from jattn.models.stack import Stack
+from jattn.models.swap import Attention, factories
 
 POOLINGS = ("mean", "class")
 
@@ -60,11 +62,12 @@ class ViT(nnx.Module):
         image_size: height and width, or one number for both.
         patch_size: likewise.
         num_channels: C.
-        num_classes: of the head.
+        num_classes: of the head; None for no head, then the pooled features stand for logits.
         pooling: `"mean"`, `"class"` (a class token is put before the patches), or the name of a catalogued pooling.
         pooling_options: hyper-parameters of a catalogued pooling.
-        attention: name of a catalogued mechanism that supports noncausal self attention.
-        attention_options: its hyper-parameters; for a mechanism that is a function, those of `MultiHeadAttention` too.
+        attention: name of a catalogued mechanism that supports noncausal self attention, or one `Swap` or several.
+        attention_options: hyper-parameters of the named mechanism; for one that is a function, those of
+            `MultiHeadAttention` too.
         rngs: for the initial values.
 
     Raises:
@@ -88,10 +91,10 @@ class ViT(nnx.Module):
         image_size: int | tuple[int, int],
         patch_size: int | tuple[int, int],
         num_channels: int = 3,
-        num_classes: int,
+        num_classes: int | None,
         pooling: str = "mean",
         pooling_options: Mapping[str, Any] | None = None,
-        attention: str = "softmax_attention",
+        attention: Attention = "softmax_attention",
         attention_options: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs,
     ):
@@ -99,7 +102,6 @@ class ViT(nnx.Module):
         patch = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         if image[0] % patch[0] or image[1] % patch[1]:
             raise ValueError(f"patch_size must divide image_size, got {patch} and {image}")
-        factory = resolve(attention, "noncausal self", **(attention_options or {}))
         self.image_shape = (*image, num_channels)
         self.patch_size = patch
         self.grid = (image[0] // patch[0], image[1] // patch[1])
@@ -122,20 +124,13 @@ class ViT(nnx.Module):
             )
             token = nnx.Param(values, **axes(None, None, "embed"))
         self.class_token = token
-        self.stack = Stack(self.config, factory, bidirectional=True, rngs=rngs)
+        made = factories(attention, attention_options, "noncausal self", self.config)
+        self.stack = Stack(self.config, made, bidirectional=True, rngs=rngs)
         self.pool = None if pooling in POOLINGS else _make_pooling(pooling, config, pooling_options or {}, rngs)
         if pooling_options and self.pool is None:
             raise ValueError(f"pooling_options are for catalogued poolings; {pooling!r} takes none")
         pooled = jax.eval_shape(self._pooled, jax.ShapeDtypeStruct((1, tokens, config.features), config.param_dtype))
-        self.head = nnx.Linear(
-            pooled.shape[-1],
-            num_classes,
-            dtype=config.dtype,
-            param_dtype=config.param_dtype,
-            kernel_metadata=axes("embed", "vocab"),
-            bias_metadata=axes("vocab"),
-            rngs=rngs,
-        )
+        self.head = None if num_classes is None else _head(config, pooled.shape[-1], num_classes, rngs)
 
     def _pooled(self, x: jax.Array) -> jax.Array:
         if self.pool is None:
@@ -144,7 +139,7 @@ class ViT(nnx.Module):
         out = out.output if isinstance(out, LayerOutput) else out
         return out.reshape(out.shape[0], -1)
 
-    def __call__(
+    def states(
         self,
         images: Any,
         *,
@@ -153,25 +148,8 @@ class ViT(nnx.Module):
         replace: Mapping[str, Any] | None = None,
         deterministic: bool = True,
         rngs: Any = None,
-    ) -> ModelOutput:
-        """Classify.
-
-        Args:
-            images: `[B, H, W, C]`.
-            hook: not taken yet.
-            record: sites to record.
-            replace: (mask, value) by site.
-            deterministic: no dropout.
-            rngs: an `nnx.Rngs` or a key, for dropout.
-
-        Returns:
-            ModelOutput(logits `[B, num_classes]`, None, aux).
-
-        Raises:
-            ValueError: images of another shape, an unknown site, or a call that the mechanism cannot serve.
-            NotImplementedError: a hook.
-        """
-        reject_hook(hook)
+    ) -> tuple[Any, dict[str, Any]]:
+        """The tokens after the last block and norm, `[B, T, M]`, and aux; arguments as in a call of the model."""
         images = jnp.asarray(images)
         if images.ndim != 4 or images.shape[1:] != self.image_shape:
             raise ValueError(f"images must be [B, H, W, C] = [B, {self.image_shape}], got {list(images.shape)}")
@@ -180,9 +158,40 @@ class ViT(nnx.Module):
         if self.class_token is not None:
             token = jnp.broadcast_to(self.class_token.get_value().astype(x.dtype), (x.shape[0], 1, x.shape[2]))
             x = jnp.concatenate([token, x], axis=1)
-        x = self.stack.add_positions(x, None)
-        x, _, aux = self.stack(x, sites=sites, deterministic=deterministic, rngs=rngs)
-        return ModelOutput(self.head(self._pooled(x)), None, aux)
+        x = self.stack.enter(x, None)
+        x, _, aux = self.stack(x, sites=sites, hook=hook, deterministic=deterministic, rngs=rngs)
+        return x, aux
+
+    def __call__(self, images: Any, **options: Any) -> ModelOutput:
+        """Classify.
+
+        Args:
+            images: `[B, H, W, C]`.
+            **options: hook, a `jattn.probes.AttnHook` for every attention, its arrays with a leading layer axis;
+                record, sites to record; replace, (mask, value) by site; deterministic, no dropout (the default);
+                rngs, an `nnx.Rngs` or a key, for dropout.
+
+        Returns:
+            ModelOutput(logits `[B, num_classes]`, None, aux).
+
+        Raises:
+            ValueError: images of another shape, an unknown site, or a call that the mechanism cannot serve.
+        """
+        x, aux = self.states(images, **options)
+        pooled = self._pooled(x)
+        return ModelOutput(pooled if self.head is None else self.head(pooled), None, aux)
+
+
+def _head(config: TransformerConfig, width: int, num_classes: int, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        width,
+        num_classes,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        kernel_metadata=axes("embed", "vocab"),
+        bias_metadata=axes("vocab"),
+        rngs=rngs,
+    )
 
 
 def _make_pooling(name: str, config: TransformerConfig, options: Mapping[str, Any], rngs: nnx.Rngs) -> nnx.Module:
