@@ -20,7 +20,7 @@ def fill(
     """Make a model whose parameters are `weights`.
 
     Args:
-        build: makes the model with initial values; only its shapes are used, and the values that are new.
+        build: makes the model from an `nnx.Rngs`; only its shapes are used, and the values that are new.
         weights: by path, such as "stack.blocks.0.attention.query.kernel"; emptied on the way, so that each array is
             held once.
         new: says of a path without weights whether it may start from its initial value, as the parameters of a
@@ -35,11 +35,11 @@ def fill(
     Example:
         >>> import numpy as np
         >>> from flax import nnx
-        >>> model = fill(lambda: nnx.Linear(2, 3, rngs=nnx.Rngs(0)), {"kernel": np.ones((2, 3)), "bias": np.ones(3)})
+        >>> model = fill(lambda rngs: nnx.Linear(2, 3, rngs=rngs), {"kernel": np.ones((2, 3)), "bias": np.ones(3)})
         >>> model(np.ones((1, 2))).tolist()
         [[3.0, 3.0, 3.0]]
     """
-    graphdef, state = nnx.split(nnx.eval_shape(build))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: build(_OneKey())))
     shapes = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
     missing = [path for path in shapes if path not in weights]
     refused = [path for path in missing if new is None or not new(path)]
@@ -49,7 +49,9 @@ def fill(
 
     @jax.jit
     def initial() -> dict[str, jax.Array]:
-        made = {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(build()))}
+        made = {
+            ".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(build(nnx.Rngs(0))))
+        }
         return {path: made[path].get_value() for path in missing}
 
     started = initial() if missing else {}
@@ -70,6 +72,13 @@ def fill(
         for path, variable in nnx.to_flat_state(state)
     ]
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+class _OneKey:
+    """Stands for an `nnx.Rngs` where only shapes matter: its counters would be traced, which takes seconds."""
+
+    def __getattr__(self, stream: str) -> Callable[[], jax.Array]:
+        return lambda: jax.random.key(0)
 
 
 def new_in_attention(path: str) -> bool:

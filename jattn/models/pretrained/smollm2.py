@@ -78,12 +78,12 @@ def load(*, attention: Attention = "softmax_attention", dtype: Any = jnp.float32
 
     Source: SmolLM2: When Smol Goes Big (arXiv 2502.02737).
     """
-    path = packages.path("smollm2", "model")
+    path = packages.path("smollm2", "weights")
     header, tensors = gguf_file.read(path)
     config = config_of(header, dtype)
 
-    def build() -> nnx.Module:
-        return DecoderLM(config, attention=attention, rngs=nnx.Rngs(0))
+    def build(rngs: nnx.Rngs) -> nnx.Module:
+        return DecoderLM(config, attention=attention, rngs=rngs)
 
     model = fill(build, renamed(tensors, config), new=new_in_attention)
     return SmolLM2(model, tokenizer_of(header), int(header["tokenizer.ggml.eos_token_id"]))
