@@ -17,11 +17,11 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jattn.cache import CachePolicy, KVCache, slots_for_heads, token_positions
-from jattn.layers.calling import accepts, call_attention, name_of
 from jattn.layers.norms import QkNorm
 from jattn.layers.sharding import axes
 from jattn.softmax import masks
 from jattn.softmax.api import dot_product_attention
+from jattn.softmax.calling import accepts, call_attention, name_of
 from jattn.softmax.masks import Mask
 
 
