@@ -2,6 +2,7 @@
 
 from jattn.probes.attention import attention
 from jattn.probes.attention_entropy import attention_entropy
+from jattn.probes.capture import capture, for_layers
 from jattn.probes.composing import compose
 from jattn.probes.hook import OBSERVABLE, AttnHook, Reweight, per_query_head, redistribute, renormalize
 from jattn.probes.induction_score import induction_rows, induction_score
@@ -14,8 +15,10 @@ __all__ = [
     "Reweight",
     "attention",
     "attention_entropy",
+    "capture",
     "column_counts",
     "compose",
+    "for_layers",
     "induction_rows",
     "induction_score",
     "kept_mass",

@@ -1,6 +1,6 @@
 """Sound as Whisper hears it: logarithms of power in 80 bands of the mel scale, one column every 10 ms.
 
-    P[f, t] = |FFT(hann * frame_t)|^2;   E = log10 max(M P, 1e-10);   x = (max(E, max E - 8) + 4) / 4
+P[f, t] = |FFT(hann * frame_t)|^2;   E = log10 max(M P, 1e-10);   x = (max(E, max E - 8) + 4) / 4
 """
 
 from __future__ import annotations

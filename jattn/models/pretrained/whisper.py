@@ -1,6 +1,6 @@
 """Whisper tiny.en: speech to English text, an encoder-decoder of 4 + 4 layers, from its CTranslate2 file.
 
-    memory = encoder(gelu(conv(gelu(conv(log mel)))) + positions);   token_t ~ decoder(tokens before t, memory)
+memory = encoder(gelu(conv(gelu(conv(log mel)))) + positions);   token_t ~ decoder(tokens before t, memory)
 """
 
 from __future__ import annotations
