@@ -19,7 +19,6 @@ import json
 import pathlib
 import shlex
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ import jax
 from absl import app, flags, logging
 
 from experiments import cells as cell_module
-from experiments import plots, records, report
+from experiments import keeping, plots, records, report
 from experiments.cells import SETTINGS, Cell, Request
 from experiments.train import versions
 from experiments.training import ModelOptions, TrainOptions
@@ -157,48 +156,6 @@ def line(outcome: Mapping[str, Any]) -> str:
     return text if outcome["status"] == "ok" else f"{text}, {outcome['status']}"
 
 
-class Progress:
-    """What runs, what came out, how long the rest takes."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._left, self._done = total, total, 0
-        self._started, self._spent = time.perf_counter(), 0.0
-        self._live = sys.stderr.isatty()
-
-    def skip(self) -> None:
-        """Count a cell that needs no work."""
-        self._left -= 1
-
-    def doing(self, text: str) -> None:
-        """Show a passing state, on a terminal only."""
-        if self._live:
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-    def done(self, number: int, text: str, seconds: float) -> None:
-        """Show a finished cell with the time that the others may take."""
-        self._left, self._done, self._spent = self._left - 1, self._done + 1, self._spent + seconds
-        minutes, rest = divmod(round(self._left * self._spent / self._done), 60)
-        self.say(f"[{number:>2}/{self._total}] {text}, {seconds:.0f} s; ETA {minutes}:{rest:02d}")
-
-    def say(self, text: str) -> None:
-        """Print a line that stays."""
-        print(f"\r\033[K{text}" if self._live else text, file=sys.stderr, flush=True)
-
-    @property
-    def minutes(self) -> float:
-        """Minutes since the beginning."""
-        return (time.perf_counter() - self._started) / 60
-
-
-def kept(path: pathlib.Path) -> dict[str, Any] | None:
-    """A cell of an earlier run, if it is there and whole."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["outcome"]
-    except (OSError, ValueError, KeyError):
-        return None
-    return found if set(COLUMNS) <= set(found) else None
-
-
 def run(
     cells: Sequence[Cell], folder: pathlib.Path, command: str, minutes: float | None = None, fresh: bool = False
 ) -> dict[str, Any]:
@@ -214,35 +171,16 @@ def run(
     Returns:
         The contents of `results.json`.
     """
-    progress, outcomes = Progress(len(cells)), []
-    paths = [folder / "cells" / f"{cell.task}-{cell.mechanism}-{cell.key}.json" for cell in cells]
-    present = {} if fresh else {path: found for path in paths if (found := kept(path)) is not None}
-    for _ in present:
-        progress.skip()
-    if present:
-        progress.say(f"{len(present)} of {len(cells)} cells are in {folder / 'cells'} already")
-    late = 0
-    try:
-        for number, (cell, path) in enumerate(zip(cells, paths, strict=True), 1):
-            if path in present:
-                outcomes.append(present[path])
-                continue
-            if minutes is not None and progress.minutes >= minutes:
-                late += 1
-                continue
-            name, began = f"[{number:>2}/{len(cells)}] {cell.label} on {cell.task}", time.perf_counter()
-            progress.doing(f"{name}: compiling")
-            outcome = cell_module.run_cell(cell, lambda text, name=name: progress.doing(f"{name}: {text}"))
-            # Through JSON and back, so that a cell reads the same whether it was kept or computed.
-            outcome = json.loads(records.to_json(outcome))
-            if outcome["status"] != "failed":
-                records.write_json(path, {"cell": cell, "outcome": outcome})
-            outcomes.append(outcome)
-            progress.done(number, line(outcome), time.perf_counter() - began)
-    except KeyboardInterrupt:
-        progress.say("stopped; the same command goes on from here")
-    if late:
-        progress.say(f"{late} cells were not begun within {minutes:g} minutes; the same command goes on from here")
+    outcomes, progress = keeping.compute(
+        cells,
+        [folder / "cells" / f"{cell.task}-{cell.mechanism}-{cell.key}.json" for cell in cells],
+        lambda cell, report: cell_module.run_cell(cell, report),
+        columns=COLUMNS,
+        name=lambda cell: f"{cell.label} on {cell.task}",
+        line=line,
+        minutes=minutes,
+        fresh=fresh,
+    )
     results = json.loads(records.to_json(summarize(outcomes, cells, command)))
     records.write_json(folder / "results.json", results)
     report.write_report(folder / "report.html", results, plots.draw(outcomes, folder))

@@ -1,4 +1,4 @@
-"""The report of a comparison: one HTML file with its pictures inside, which needs no network and no other file."""
+"""Reports: one HTML file with its pictures inside, which needs no network and no other file; that of a comparison."""
 
 import base64
 import html
@@ -91,8 +91,54 @@ def ranked(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return sorted(cells, key=order)
 
 
-def _number(value: float | None, form: str) -> tuple[str, str]:
+def number(value: float | None, form: str) -> tuple[str, str]:
+    """A number as a cell of a table: what it is sorted by, and what is shown; a dash for None."""
     return ("", "–") if value is None else (repr(value), format(value, form))
+
+
+def row(items: Sequence[tuple[str, str]], reason: str, *, is_ranked: bool) -> str:
+    """A row of a table.
+
+    Args:
+        items: what each cell is sorted by, and what it shows.
+        reason: the last cell.
+        is_ranked: rows that are not stay below the others.
+    """
+    filled = "".join(f'<td data-value="{html.escape(value)}">{shown}</td>' for value, shown in items)
+    reason = html.escape(reason)
+    unranked = "" if is_ranked else ' class="unranked"'
+    return f'<tr{unranked}>{filled}<td class="reason" data-value="{reason}">{reason}</td></tr>'
+
+
+def table(heads: Sequence[str], rows: Sequence[str]) -> str:
+    """A table that can be sorted by its columns."""
+    named = "".join(f"<th>{name}</th>" for name in heads)
+    body = "\n".join(rows)
+    return f"<table><thead><tr>{named}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
+
+
+def images(pictures: Mapping[str, pathlib.Path]) -> str:
+    """PNG files by title, put into the page."""
+    return "\n".join(
+        f'<h2>{html.escape(title)}</h2>\n<img alt="{html.escape(title)}" src="data:image/png;base64,'
+        f'{base64.b64encode(file.read_bytes()).decode()}">'
+        for title, file in pictures.items()
+    )
+
+
+def page(title: str, headline: str, results: Mapping[str, Any], circumstances: str, body: str) -> bytes:
+    """A whole page around its body; it says how and with what it was made."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{html.escape(headline)}</h1>
+<p><code>{html.escape(results["command"])}</code></p>
+<p class="note">{html.escape(results["device"])}; {html.escape(versions)}; {html.escape(circumstances)}. Click on a \
+column to sort.</p>
+{body}
+<script>{SCRIPT}</script>
+</body></html>
+""".encode()
 
 
 def _row(cell: Mapping[str, Any]) -> str:
@@ -105,22 +151,19 @@ def _row(cell: Mapping[str, Any]) -> str:
     items = [
         (cell["mechanism"], html.escape(cell["mechanism"])),
         (cell["status"], html.escape(cell["status"])),
-        _number(quality.get("mean"), ".4f"),
-        _number(quality.get("std"), ".4f"),
-        _number(cell["params"], ",d"),
-        _number(scaled(step.get("median"), 1e3), ".2f"),
-        _number(scaled(step.get("iqr"), 1e3), ".2f"),
-        _number(cell["compile_s"], ".1f"),
-        _number(scaled(temporary.get("forward"), 2**-20), ".2f"),
-        _number(scaled(temporary.get("train"), 2**-20), ".2f"),
-        _number(decode.get("bytes_per_token"), ",.0f"),
-        _number(decode.get("bytes_fixed"), ",.0f"),
-        _number(cell["visited_share"], ".3f"),
+        number(quality.get("mean"), ".4f"),
+        number(quality.get("std"), ".4f"),
+        number(cell["params"], ",d"),
+        number(scaled(step.get("median"), 1e3), ".2f"),
+        number(scaled(step.get("iqr"), 1e3), ".2f"),
+        number(cell["compile_s"], ".1f"),
+        number(scaled(temporary.get("forward"), 2**-20), ".2f"),
+        number(scaled(temporary.get("train"), 2**-20), ".2f"),
+        number(decode.get("bytes_per_token"), ",.0f"),
+        number(decode.get("bytes_fixed"), ",.0f"),
+        number(cell["visited_share"], ".3f"),
     ]
-    filled = "".join(f'<td data-value="{html.escape(value)}">{shown}</td>' for value, shown in items)
-    reason = html.escape(cell["reason"])
-    unranked = "" if cell["status"] == "ok" else ' class="unranked"'
-    return f'<tr{unranked}>{filled}<td class="reason" data-value="{reason}">{reason}</td></tr>'
+    return row(items, cell["reason"], is_ranked=cell["status"] == "ok")
 
 
 def _table(task: str, cells: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]) -> str:
@@ -129,12 +172,9 @@ def _table(task: str, cells: Sequence[Mapping[str, Any]], budget: Mapping[str, A
     if found:
         title += f": {found['metric']}, {'more' if found['higher_is_better'] else 'less'} is better"
     shown = ", ".join(f"{name}={value}" for name, value in budget.items())
-    heads = "".join(f"<th>{name}</th>" for name in COLUMNS)
-    rows = "\n".join(_row(cell) for cell in ranked(cells))
-    return (
-        f"<h2>{html.escape(title)}</h2>\n<p class='note'>{html.escape(shown)}</p>\n"
-        f"<table><thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table>"
-    )
+    rows = [_row(cell) for cell in ranked(cells)]
+    heading = f"<h2>{html.escape(title)}</h2>\n<p class='note'>{html.escape(shown)}</p>\n"
+    return heading + table(COLUMNS, rows)
 
 
 def write_report(path: pathlib.Path, results: Mapping[str, Any], pictures: Mapping[str, pathlib.Path]) -> None:
@@ -149,22 +189,7 @@ def write_report(path: pathlib.Path, results: Mapping[str, Any], pictures: Mappi
     for cell in results["cells"]:
         by_task.setdefault(cell["task"], []).append(cell)
     tables = "\n".join(_table(task, cells, results["budget"]["tasks"].get(task, {})) for task, cells in by_task.items())
-    images = "\n".join(
-        f'<h2>{html.escape(title)}</h2>\n<img alt="{html.escape(title)}" src="data:image/png;base64,'
-        f'{base64.b64encode(file.read_bytes()).decode()}">'
-        for title, file in pictures.items()
-    )
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     seeds = ", ".join(map(str, results["budget"]["seeds"]))
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>jattn: comparison</title><style>{STYLE}</style></head><body>
-<h1>Attention mechanisms under one budget</h1>
-<p><code>{html.escape(results["command"])}</code></p>
-<p class="note">{html.escape(results["device"])}; {html.escape(versions)}; seeds {seeds}. Click on a column to sort.</p>
-{tables}
-{NOTES}
-{images}
-<script>{SCRIPT}</script>
-</body></html>
-"""
-    write_bytes(path, page.encode())
+    body = f"{tables}\n{NOTES}\n{images(pictures)}"
+    headline = "Attention mechanisms under one budget"
+    write_bytes(path, page("jattn: comparison", headline, results, f"seeds {seeds}", body))

@@ -55,10 +55,11 @@ def attention(
         are float32 at least.
 
     Returns:
-      output `[B, T, N, Dv]`, and a dictionary of what was observed: 'lse' and 'entropy' `[B, T, N]`, 'group_mass'
+      output `[B, T, N, Dv]`, and a dictionary of what was observed: 'query', 'key' and 'value' as the function got
+      them, after positions and `qkv`, in their own dtype; 'lse' and 'entropy' `[B, T, N]`, 'group_mass'
       `[B, N, T, G]`, 'col_mass' `[B, S, K]` (sums over the heads of a group; `[B, S, N]` with qkv=per_query_head),
       'row_weights' `[B, heads, rows, S]`; 'out' is the extra of the hook's `out`. A row that sees nothing has lse -inf,
-      everything else 0.
+      all other statistics 0.
 
     Raises:
       ValueError: a request that cannot be served, with the reason; a field of a shape that does not fit.
@@ -99,7 +100,7 @@ def _observed(
     hook: AttnHook, call: Call, selection: Selection, reweight: Reweight | None
 ) -> tuple[Any, dict[str, Any]]:
     """The output of the call as it is, where it came along, and what is observed."""
-    plain, aux = None, {}
+    plain, aux = None, {name: getattr(call, name) for name in ("query", "key", "value") if name in hook.observe}
     if "lse" in hook.observe:
         needs(call, "return_residual", "'lse'")
         plain, aux["lse"] = call.run(residual=True)

@@ -47,7 +47,8 @@ def capture(
     Args:
         model: called as `model(inputs, hook=..., record=..., **call)`; its `config` tells the number of layers.
         inputs: tokens `[B, T]`, images, or what the model takes.
-        observe: of every attention call: 'row_weights' (weights after the normalizer), 'lse', 'entropy', 'col_mass'.
+        observe: of every attention call: 'row_weights' (weights after the normalizer), 'lse', 'entropy', 'col_mass',
+            'query', 'key', 'value'.
         rows: query rows of the weights, all if not given; negative ones count from the end.
         heads: query heads of the weights, all if not given.
         sites: of the model: 'embed', 'head_out', 'attn_out', 'mlp_out', 'resid'.
@@ -55,7 +56,7 @@ def capture(
 
     Returns:
         A dictionary: 'weights' `[L, B, heads, rows, S]`, 'lse' and 'entropy' `[L, B, T, N]`, 'col_mass' `[L, B, S, K]`,
-        each site as the model stacks it, and 'output', the logits.
+        'query', 'key' and 'value' `[L, B, length, heads, size]`, each site as the model stacks it, and 'output', the logits.
 
     Raises:
         ValueError: an unknown site or observation, or an attention that cannot show it.

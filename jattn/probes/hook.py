@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-OBSERVABLE = ("lse", "entropy", "group_mass", "col_mass", "row_weights")
+OBSERVABLE = ("query", "key", "value", "lse", "entropy", "group_mass", "col_mass", "row_weights")
 """What a hook can observe."""
 
 
@@ -126,7 +126,7 @@ class AttnHook:
       rows: int `[B|1, R]` or `[R]`, query indices (negative ones count from the end) at which `weights`, 'row_weights'
         and a reweight with a query axis apply; None for all. Distinct, and within range.
       heads: query heads of the same; None for all.
-      observe: names of `OBSERVABLE`; all are taken before `reweight` and `weights`.
+      observe: names of `OBSERVABLE`; all are taken after `qkv` and before `reweight` and `weights`.
       row_weight: `[B|1, T]` or `[T]`, weights of the query rows in 'col_mass'; None for 1.
       params: a pytree, which every function gets.
 

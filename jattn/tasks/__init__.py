@@ -2,6 +2,8 @@
 
 A task is one file of this folder. It ends with `TASKS`, from names to task classes, and with its catalogue entry;
 `get` and `names` find it by themselves.
+
+`real_qkv` is no task: it gives queries, keys and values of a trained model on real text.
 """
 
 import difflib
@@ -12,8 +14,9 @@ import pkgutil
 from typing import Any
 
 from jattn.tasks.base import SPLITS, Mean, Task, summarize
+from jattn.tasks.real_qkv import RealQkv, real_qkv
 
-__all__ = ["SPLITS", "Mean", "Task", "get", "names", "summarize"]
+__all__ = ["SPLITS", "Mean", "RealQkv", "Task", "get", "names", "real_qkv", "summarize"]
 
 
 @functools.cache
