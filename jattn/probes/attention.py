@@ -157,8 +157,8 @@ def _mix(call: Call, weights: Any, before: Any, selection: Selection) -> Any:
     # Values that are not finite may stand where nobody looks, and 0 * NaN is NaN.
     unseen = ~(before != 0).any(2)[..., None]
     value = jnp.where(unseen & ~jnp.isfinite(value), 0, value)
-    how = {"precision": call.arguments.get("precision")}
-    return jnp.einsum("bhrs,bhsd->brhd", weights, value, **how).astype(call.query.dtype)
+    mixed = jnp.einsum("bhrs,bhsd->brhd", weights, value, precision=call.arguments.get("precision"))
+    return mixed.astype(call.query.dtype)
 
 
 def _selection(hook: AttnHook, call: Call) -> Selection:

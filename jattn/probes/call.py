@@ -147,7 +147,7 @@ def make_call(function: Callable[..., Any], query: Any, key: Any, value: Any, ar
     while isinstance(function, functools.partial) and not function.args:
         arguments = {**function.keywords, **arguments}
         function = function.func
-    return Call(function, *(jnp.asarray(x) for x in (query, key, value)), arguments)
+    return Call(function, jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), arguments)
 
 
 def needs(call: Call, argument: str, what: str) -> None:
@@ -158,6 +158,6 @@ def needs(call: Call, argument: str, what: str) -> None:
     """
     if not accepts(call.function, argument):
         raise ValueError(
-            f"AttnHook: {what} needs an attention function with the argument {argument}; {name_of(call.function)} does not "
-            "take it, jattn.dot_product_attention does"
+            f"AttnHook: {what} needs an attention function with the argument {argument}; {name_of(call.function)} has "
+            "none, jattn.dot_product_attention does"
         )
