@@ -41,7 +41,9 @@ def attention(
     call.
 
     Any other `attention_fn` must be linear in its values. It takes what its signature lists; its weights are read by
-    calling it on one-hot values (T * S * S work), and 'entropy' presumes weights that are not negative.
+    calling it on one-hot values (T * S * S work), and 'entropy' presumes weights that are not negative. A mechanism
+    that only prepares a call of the engine says so in an attribute `engine_call`, as `softmax_attention` does, and is
+    then treated like the engine.
 
     Args:
       query: `[B, T, N, D]`.

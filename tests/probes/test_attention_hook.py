@@ -9,6 +9,7 @@ import pytest
 
 import jattn
 from jattn.probes import OBSERVABLE, AttnHook, Reweight, attention, per_query_head, renormalize
+from jattn.probes.call import make_call
 
 
 def plain(query, key, value, *, mask=None, is_causal=False):
@@ -173,6 +174,19 @@ def test_other_functions_are_observed_through_one_hot_values(arrays, mask):
     found = attention(**arrays, mask=mask, hook=hook, attention_fn=plain)[1]
     assert sorted(found) == sorted(hook.observe)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, expected)
+
+
+def test_a_mechanism_that_prepares_an_engine_call_is_the_engine(square):
+    """softmax_attention with ALiBi, also bound in a partial: its entropy needs no one-hot values, its lse is there."""
+    function = functools.partial(jattn.get("softmax_attention"), position="alibi")
+    hook = AttnHook(bias=np.linspace(0, 1, 5), observe={"entropy", "lse", "row_weights"}, rows=np.array([-1]))
+    found, aux = attention(**square, is_causal=True, attention_fn=function, hook=hook)
+    np.testing.assert_allclose(found, function(**square, bias=hook.bias, is_causal=True), rtol=1e-6)
+    np.testing.assert_allclose(aux["row_weights"].sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(entropy_of(aux["row_weights"])[:, 0], aux["entropy"][:, -1], rtol=1e-5)
+    assert make_call(function, *square.values(), {"is_causal": True}).is_engine
+    with pytest.raises(ValueError, match="normalizer"):
+        attention(**square, attention_fn=function, hook=hook, normalizer=jattn.normalizers.sigmoid())
 
 
 @pytest.mark.parametrize("function", [jattn.dot_product_attention, plain])
@@ -382,3 +396,17 @@ class TestErrors:
             attention(**arrays, hook={"bias": 1})
         with pytest.raises(ValueError, match="query as"):
             attention(*(x[0] for x in arrays.values()), hook=AttnHook(observe="lse"))
+
+
+def test_an_argument_of_zero_is_asked_for(square):
+    """A scale or a window of 0 is not the default."""
+    hook = AttnHook(observe={"row_weights"})
+    for hooked in ({}, {"hook": hook}):
+        np.testing.assert_allclose(
+            attention(**square, scale=0, **hooked)[0],
+            np.broadcast_to(square["value"].mean(1, keepdims=True), square["value"].shape),
+            rtol=1e-5,
+            atol=1e-6,
+        )
+        found = attention(**square, local_window_size=0, **hooked)[0]
+        np.testing.assert_allclose(found, square["value"], rtol=1e-6)
