@@ -410,3 +410,19 @@ def test_an_argument_of_zero_is_asked_for(square):
         )
         found = attention(**square, local_window_size=0, **hooked)[0]
         np.testing.assert_allclose(found, square["value"], rtol=1e-6)
+
+
+def test_observations_of_tiles_have_gradients(arrays, mask, dense, equal):
+    """The blockwise path: column masses are a gradient of it, and have gradients themselves."""
+    call = {"implementation": "blockwise", "block_sizes": (4, 4)}
+
+    def hooked(a):
+        hook = AttnHook(observe={"entropy", "col_mass", "lse"})
+        output, aux = attention(a["query"], a["key"], a["value"], mask=mask, hook=hook, **call)
+        return {name: aux[name] for name in ("entropy", "col_mass")}
+
+    def truth(a):
+        weights = dense(a["query"], a["key"], mask)
+        return {"entropy": entropy_of(weights), "col_mass": weights.sum(2).swapaxes(1, 2).reshape(2, 7, 2, 2).sum(-1)}
+
+    equal(hooked, truth, arrays)
