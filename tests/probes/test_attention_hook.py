@@ -343,61 +343,6 @@ def test_vmap_over_hooks(arrays):
     assert slope.shape == bias.shape and np.isfinite(slope).all() and slope.any()
 
 
-class TestErrors:
-    """Each error names the field."""
-
-    @pytest.mark.parametrize(
-        ("fields", "named"),
-        [
-            ({"qkv": 3}, "qkv"),
-            ({"out": functools.partial(double, factor=np.ones(2))}, "out must be hashable"),
-            ({"heads": (0, 0)}, "heads"),
-            ({"heads": (-1,)}, "heads"),
-            ({"heads": ()}, "heads"),
-            ({"observe": {"lse", "losses"}}, "observe names losses"),
-        ],
-    )
-    def test_of_the_hook(self, fields, named):
-        with pytest.raises(ValueError, match=named):
-            AttnHook(**fields)
-
-    @pytest.mark.parametrize(
-        ("hook", "named"),
-        [
-            (AttnHook(weights=halve, heads=(4,)), "heads"),
-            (AttnHook(weights=halve, rows=np.array([5])), "rows"),
-            (AttnHook(weights=halve, rows=np.array([4, -1])), "rows must be distinct"),
-            (AttnHook(weights=halve, rows=np.array([0.5])), "rows"),
-            (AttnHook(weights=halve, rows=np.zeros((3, 1), int)), "rows"),
-            (AttnHook(observe="group_mass"), "group_mass"),
-            (AttnHook(observe="col_mass", row_weight=np.ones(4)), "row_weight"),
-            (AttnHook(weights=overwrite, params=jnp.ones(3)), "weights returned"),
-            (AttnHook(qkv=lambda query, key, value, params: query), "qkv must return"),
-            (AttnHook(qkv=lambda query, key, value, params: (query[:, :1], key, value)), "qkv returned a query"),
-            (AttnHook(out=lambda output, value, params: output), "out must return"),
-            (AttnHook(mask=np.ones(7)), "mask"),
-            (AttnHook(bias=np.ones(6)), "bias"),
-        ],
-    )
-    def test_of_a_request(self, arrays, hook, named):
-        with pytest.raises(ValueError, match=named):
-            attention(**arrays, hook=hook)
-
-    def test_of_another_function(self, arrays):
-        with pytest.raises(ValueError, match="return_residual"):
-            attention(**arrays, attention_fn=plain, hook=AttnHook(observe="lse"))
-        with pytest.raises(ValueError, match="bias"):
-            attention(**arrays, attention_fn=plain, hook=AttnHook(bias=np.ones(7)))
-
-    def test_of_the_call(self, arrays):
-        with pytest.raises(ValueError, match="observe"):
-            attention(**arrays, return_residual=True)
-        with pytest.raises(ValueError, match="hook"):
-            attention(**arrays, hook={"bias": 1})
-        with pytest.raises(ValueError, match="query as"):
-            attention(*(x[0] for x in arrays.values()), hook=AttnHook(observe="lse"))
-
-
 def test_an_argument_of_zero_is_asked_for(square):
     """A scale or a window of 0 is not the default."""
     hook = AttnHook(observe={"row_weights"})
