@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from typing import Any
 
@@ -54,7 +55,7 @@ def _fetch(options: argparse.Namespace) -> int:
     failed = 0
     for package in chosen:
         try:
-            packages.fetch(package.name)
+            packages.fetch(package.name, say=functools.partial(print, flush=True))
         except (packages.FetchFailed, packages.CorruptFile, OSError) as error:
             print(f"jattn: {error}", file=sys.stderr)
             failed = 1

