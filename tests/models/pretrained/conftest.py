@@ -16,7 +16,7 @@ FEW_BYTES, BYTES_A_BYTE, SECONDS = 4 << 20, 64, 10.0
 
 @pytest.fixture(scope="module")
 def reading_untrusted(tmp_path_factory):
-    """`reading_untrusted(read, data)`: the arrays that `read` makes of a file of these bytes, or the message refusing it."""
+    """`reading_untrusted(read, data)`: the arrays that `read` finds in these bytes, or the message refusing them."""
     path = tmp_path_factory.mktemp("hostile") / "weights.bin"
 
     def run(read, data):
