@@ -56,7 +56,8 @@ def capture(
 
     Returns:
         A dictionary: 'weights' `[L, B, heads, rows, S]`, 'lse' and 'entropy' `[L, B, T, N]`, 'col_mass' `[L, B, S, K]`,
-        'query', 'key' and 'value' `[L, B, length, heads, size]`, each site as the model stacks it, and 'output', the logits.
+        'query', 'key' and 'value' `[L, B, length, heads, size]`, each site as the model stacks it, and 'output', the
+        logits.
 
     Raises:
         ValueError: an unknown site or observation, or an attention that cannot show it.

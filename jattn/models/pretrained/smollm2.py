@@ -83,7 +83,7 @@ def load(*, attention: Attention = "softmax_attention", dtype: Any = jnp.float32
     header, tensors = gguf_file.read(path)
     config = config_of(header, dtype)
 
-    def build(rngs: Any) -> nnx.Module:
+    def build(rngs: nnx.Rngs) -> nnx.Module:
         return DecoderLM(config, attention=attention, rngs=rngs)
 
     model = fill(build, renamed(tensors, config), new=new_in_attention)
