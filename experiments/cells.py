@@ -1,7 +1,6 @@
 """One cell of a comparison: a mechanism on a task under a budget, trained under several seeds in one program."""
 
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -10,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import measures, records
+from experiments import keeping, measures, records
 from experiments.training import ModelOptions, Trainer, TrainOptions, stacked_batch, step_keys
-from jattn import __version__, catalog, tasks
+from jattn import catalog, tasks
 from jattn.models.resolve import is_attention, resolve
 from jattn.testing.compiling import quick_jit
 
@@ -83,9 +82,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Hash of the configuration, and of what it was computed with."""
-        device = jax.devices()[0].device_kind
-        found = records.to_json({"cell": self, "jattn": __version__, "jax": jax.__version__, "device": device})
-        return hashlib.sha256(found.encode()).hexdigest()[:16]
+        return keeping.key_of(self)
 
 
 def parse_requests(text: str) -> list[Request]:
@@ -176,8 +173,7 @@ def run_cell(cell: Cell, report: Callable[[str], None] = lambda text: None) -> d
             return blank | {"status": "unsupported", "reason": reason}
         return blank | _trained(cell, task, report)
     except Exception as error:  # One mechanism's failure is a result; the others go on.
-        message = f"{type(error).__name__}: {error}".split("\n--------------------")[0].strip()
-        return blank | {"status": "failed", "reason": message[:500]}
+        return blank | {"status": "failed", "reason": keeping.reason_of(error)}
 
 
 def _blank(cell: Cell) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Long tables that can be stopped: each cell is computed once and kept, and what is under way is told."""
 
+import hashlib
 import json
 import pathlib
 import sys
@@ -7,7 +8,22 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+import jax
+
 from experiments import records
+from jattn import __version__
+
+
+def key_of(cell: Any) -> str:
+    """Hash of a configuration, and of what it is computed with."""
+    device = jax.devices()[0].device_kind
+    found = records.to_json({"cell": cell, "jattn": __version__, "jax": jax.__version__, "device": device})
+    return hashlib.sha256(found.encode()).hexdigest()[:16]
+
+
+def reason_of(error: Exception) -> str:
+    """An error in a line, without what JAX and jaxtyping say behind it."""
+    return f"{type(error).__name__}: {error}".split("\n--------------------")[0].strip()[:500]
 
 
 class Progress:

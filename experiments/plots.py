@@ -48,7 +48,8 @@ def _grouped(cells: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
     return found
 
 
-def _styles(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+def styles(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """A color and a marker for every mechanism."""
     names = list(dict.fromkeys(cell["mechanism"] for cell in cells))
     return {
         name: {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
@@ -58,7 +59,7 @@ def _styles(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
 
 def learning_curves(cells: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     """Validation metric against the step, mean over seeds with the band from the worst to the best seed."""
-    styles, groups = _styles(cells), _grouped(cells)
+    looks, groups = styles(cells), _grouped(cells)
     figure, axes = panels(list(groups), 4.4)
     for task, found in groups.items():
         for cell in found:
@@ -66,23 +67,23 @@ def learning_curves(cells: Sequence[Mapping[str, Any]], path: pathlib.Path) -> N
             if not curve:
                 continue
             steps, values = [point["step"] for point in curve], np.asarray([point["metric"] for point in curve])
-            axes[task].plot(steps, values.mean(1), markersize=4, label=cell["mechanism"], **styles[cell["mechanism"]])
-            band = {"color": styles[cell["mechanism"]]["color"], "alpha": 0.12, "linewidth": 0}
+            axes[task].plot(steps, values.mean(1), markersize=4, label=cell["mechanism"], **looks[cell["mechanism"]])
+            band = {"color": looks[cell["mechanism"]]["color"], "alpha": 0.12, "linewidth": 0}
             axes[task].fill_between(steps, values.min(1), values.max(1), **band)
             axes[task].set_ylabel(cell["quality"]["metric"] + " (validation)")
         axes[task].set(title=task, xlabel="step")
         axes[task].grid(alpha=0.3)
-    _legend(figure, axes)
+    legend(figure, axes)
     save(figure, path)
 
 
 def quality_against_time(cells: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     """Test quality, with its spread over seeds, against the time of a step; hollow marks did not learn."""
-    styles, groups = _styles(cells), _grouped(cells)
+    looks, groups = styles(cells), _grouped(cells)
     figure, axes = panels(list(groups), 4.4)
     for task, found in groups.items():
         for cell in found:
-            quality, style = cell["quality"], styles[cell["mechanism"]]
+            quality, style = cell["quality"], looks[cell["mechanism"]]
             if quality["mean"] is None:
                 continue
             axes[task].errorbar(
@@ -102,7 +103,7 @@ def quality_against_time(cells: Sequence[Mapping[str, Any]], path: pathlib.Path)
             )
         axes[task].set(title=task, xlabel="time of a step and seed (ms)")
         axes[task].grid(alpha=0.3)
-    _legend(figure, axes)
+    legend(figure, axes)
     save(figure, path)
 
 
@@ -120,11 +121,11 @@ def memory(cells: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
         axes[task].invert_yaxis()
         axes[task].set(title=task, xlabel="temporary memory a seed (MiB)")
         axes[task].grid(alpha=0.3, axis="x")
-    _legend(figure, axes)
+    legend(figure, axes)
     save(figure, path)
 
 
-def _legend(figure: Any, axes: Mapping[str, Any]) -> None:
+def legend(figure: Any, axes: Mapping[str, Any]) -> None:
     """One legend below all panels, each name once."""
     found = {}
     for axis in axes.values():
