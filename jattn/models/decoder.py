@@ -22,7 +22,7 @@ from jattn.softmax import masks
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeCache:
-    """The caches of all layers of a model, with their policies.
+    """The caches of all layers of a model, with their policies; pairs of both where there is cross attention.
 
     Example:
         >>> DecodeCache(layers=(), policies=()).layers
@@ -30,7 +30,7 @@ class DecodeCache:
     """
 
     layers: tuple[Any, ...]
-    policies: tuple[CachePolicy, ...] = dataclasses.field(metadata={"static": True})
+    policies: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
 
 
 class DecoderLM(nnx.Module):
@@ -125,8 +125,8 @@ class DecoderLM(nnx.Module):
             rngs: an `nnx.Rngs` or a key, for dropout.
 
         Returns:
-            ModelOutput(logits `[B, T, V]` or `[B, R, V]`, cache, aux); recorded sites are aux['sites'], losses aux['losses'], what
-            the hook observed aux['hook'].
+            ModelOutput(logits `[B, T, V]` or `[B, R, V]`, cache, aux); recorded sites are aux['sites'], losses
+            aux['losses'], what the hook observed aux['hook'].
 
         Raises:
             ValueError: bad shapes, an unknown site, or a call that the mechanism cannot serve.
