@@ -15,7 +15,7 @@ from jattn.models.blocks import ModelOutput, embedding, head
 from jattn.models.config import TransformerConfig
 from jattn.models.sites import Sites
 from jattn.models.stack import Stack
-from jattn.models.swap import Attention, factories
+from jattn.models.swap import Attention, factories, kept
 from jattn.softmax import masks
 
 
@@ -65,7 +65,7 @@ class DecoderLM(nnx.Module):
     ):
         made = factories(attention, attention_options, "causal self", config)
         self.config = config
-        self.attention = attention
+        self.attention = kept(attention)
         self.embed = embedding(config, rngs=rngs)
         self.stack = Stack(config, made, bidirectional=False, rngs=rngs)
         tied = config.tie_embeddings

@@ -10,7 +10,7 @@ from flax import nnx
 
 import jattn
 from jattn import probes
-from jattn.models import DecoderLM, Swap, TransformerConfig, resolve
+from jattn.models import DecoderLM, Swap, TransformerConfig, generate, resolve
 from jattn.models.resolve import resolve_function
 from jattn.models.swap import HeadMix
 
@@ -48,6 +48,14 @@ def test_only_the_heads_that_are_named_change():
     np.testing.assert_allclose(found[:, :, [1, 2]], other[:, :, [1, 2]], atol=1e-6)
     everywhere = Swap("linear_attention", heads=range(4))
     np.testing.assert_allclose(logits(everywhere), logits("linear_attention"), atol=1e-5)
+
+
+def test_models_with_swaps_are_compiled_as_others_are():
+    model = decoder([Swap("window_cache", {"window": 3}, layers=[0]), Swap("linear_attention", heads=[1], layers=[1])])
+    np.testing.assert_allclose(nnx.jit(lambda m: m(TOKENS).logits)(model), model(TOKENS).logits, atol=2e-5)
+    found = generate(model, TOKENS[:, :4], max_new_tokens=3, temperature=0)
+    assert found.tokens.shape == (2, 3)
+    assert hash(Swap("a", {"b": [1]}, layers=[1])) == hash(Swap("a", {"b": [1]}, layers=(1,)))
 
 
 def test_later_swaps_win():
