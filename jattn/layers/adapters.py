@@ -12,7 +12,7 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jaxtyping import Array, Shaped
 
-from jattn.layers.calling import accepts, call_attention, name_of
+from jattn.softmax.calling import accepts, call_attention, name_of
 
 
 def as_flax_attention_fn(function: Callable[..., Any], **options: Any) -> Callable[..., jax.Array]:

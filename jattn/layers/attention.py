@@ -17,11 +17,12 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jattn.cache import CachePolicy, KVCache, slots_for_heads, token_positions
-from jattn.layers.calling import accepts, call_attention, name_of
 from jattn.layers.norms import QkNorm
 from jattn.layers.sharding import axes
+from jattn.probes import AttnHook, attention
 from jattn.softmax import masks
 from jattn.softmax.api import dot_product_attention
+from jattn.softmax.calling import accepts, call_attention, name_of
 from jattn.softmax.masks import Mask
 
 
@@ -205,7 +206,8 @@ class MultiHeadAttention(nnx.Module):
             deterministic: no dropout.
             rngs: an `nnx.Rngs` with a dropout stream, or a key.
             **arguments: of the attention function: mask (an array or a Mask), is_causal, segment_ids, query_positions,
-                key_positions, bias, score_mod, scale; None or False where the call has none.
+                key_positions, bias, score_mod, scale; None or False where the call has none. A hook, where there is
+                one, comes among them.
 
         Returns:
             `[B, T, N, Dv]`, and losses and statistics by name.
@@ -217,7 +219,11 @@ class MultiHeadAttention(nnx.Module):
                 raise ValueError("rngs must be given when dropout_rate > 0 and deterministic=False")
             arguments["dropout_rate"] = self.dropout_rate
             arguments["dropout_key"] = rngs if isinstance(rngs, jax.Array) else rngs.dropout()
-        return call_attention(self.attention_fn, query, key, value, arguments), {}
+        hook = arguments.pop("hook", None)
+        if hook is None:
+            return call_attention(self.attention_fn, query, key, value, arguments), {}
+        o, seen = attention(query, key, value, hook=hook, attention_fn=self.attention_fn, **arguments)
+        return o, {"hook": seen} if seen else {}
 
     def output(self, o: jax.Array) -> jax.Array:
         """Mix the heads: `[B, T, N, Dv]` -> `[B, T, features]`."""
@@ -240,6 +246,7 @@ class MultiHeadAttention(nnx.Module):
         deterministic: bool = True,
         rngs: Any = None,
         tap: Callable[[str, Any], Any] | None = None,
+        hook: AttnHook | None = None,
     ) -> LayerOutput:
         """Attend.
 
@@ -256,9 +263,10 @@ class MultiHeadAttention(nnx.Module):
             deterministic: no dropout.
             rngs: an `nnx.Rngs` or a key, for dropout.
             tap: `tap("head_out", o) -> o` sees, and may replace, the per-head outputs before they are mixed.
+            hook: what to do and to observe inside the attention call.
 
         Returns:
-            LayerOutput(output `[B, T, features]`, cache, aux).
+            LayerOutput(output `[B, T, features]`, cache, aux); what the hook observed is aux["hook"].
 
         Raises:
             ValueError: shapes that do not fit, or a combination that the attention function or the cache cannot serve.
@@ -278,6 +286,8 @@ class MultiHeadAttention(nnx.Module):
             if mask is not None and not _is_causal(mask):
                 raise ValueError("mask cannot be given together with a cache, whose policy says what is visible")
             query, key, value, arguments, new_cache = self._cached(x, context, positions, segment_ids, *cache)
+        if hook is not None:
+            arguments["hook"] = hook
         o, aux = self.attend(query, key, value, inputs=x, deterministic=deterministic, rngs=rngs, **arguments)
         if new_cache is not None and cache is not None:
             new_cache = cache[0].evict(new_cache, None)

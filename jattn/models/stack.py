@@ -18,6 +18,7 @@ from jattn.mechanisms.softmax.t5_bias import T5Bias
 from jattn.models.blocks import Block, norm_of
 from jattn.models.config import TransformerConfig
 from jattn.models.sites import Sites
+from jattn.probes import AttnHook
 
 
 class Stack(nnx.Module):
@@ -144,7 +145,9 @@ class Stack(nnx.Module):
         return x if self.norm is None else self.norm(x), tuple(new_caches), _summary(gathered, sites)
 
 
-def _of_layer(hook: Any, layer: int, num_layers: int) -> Any:
+def _of_layer(hook: Any, layer: int, num_layers: int) -> AttnHook:
+    if not isinstance(hook, AttnHook):
+        raise ValueError(f"hook must be a jattn.probes.AttnHook, got {type(hook).__name__}")
     for leaf in jax.tree.leaves(hook):
         if jnp.ndim(leaf) == 0 or leaf.shape[0] != num_layers:
             raise ValueError(

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jattn.layers.attention import MultiHeadAttention
-from jattn.layers.calling import call_attention
 from jattn.models.config import TransformerConfig
 from jattn.models.resolve import resolve, resolve_function
+from jattn.softmax.calling import call_attention
 from jattn.softmax.masks import Mask
 
 BASE = "softmax_attention"

@@ -199,7 +199,7 @@ def test_bad_sites_and_hooks():
         model(TOKENS, replace={"resid": (jnp.ones((3, 1, 1, 1), bool), 0.0)})
     with pytest.raises(ValueError, match=r"\(mask, value\)"):
         model(TOKENS, replace={"resid": 0.0})
-    with pytest.raises(NotImplementedError, match="hook"):
+    with pytest.raises(ValueError, match="AttnHook"):
         model(TOKENS, hook=object())
     with pytest.raises(ValueError, match="tokens"):
         model(jnp.zeros((2, 3)))

@@ -18,7 +18,8 @@ from jattn.models.config import TransformerConfig
 from jattn.models.decoder import DecoderLM
 from jattn.models.pretrained import packages
 from jattn.models.pretrained.filling import fill, new_in_attention
-from jattn.models.pretrained.readers import UnreadableFile, gguf_file, need
+from jattn.models.pretrained.readers import UnreadableFile, gguf_file
+from jattn.models.pretrained.readers.common import library
 from jattn.models.swap import Attention
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -167,7 +168,7 @@ CONTROL = 3
 
 def tokenizer_of(header: Mapping[str, Any]) -> Any:
     """The byte-level BPE tokenizer that a GGUF header holds, digits taken one by one."""
-    tokenizers = need("tokenizers")
+    tokenizers = library("tokenizers")
     tokens = list(header["tokenizer.ggml.tokens"])
     merges = [tuple(merge.split(" ", 1)) for merge in header["tokenizer.ggml.merges"]]
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({token: i for i, token in enumerate(tokens)}, merges))

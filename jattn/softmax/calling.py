@@ -1,4 +1,4 @@
-"""How a layer calls an attention function: only what is asked for is passed, and what cannot be taken is refused."""
+"""How an attention function is called: only what is asked for is passed, and what cannot be taken is refused."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def accepts(function: Callable[..., Any], name: str) -> bool:
 
 
 def call_attention(function: Callable[..., Any], query: Any, key: Any, value: Any, arguments: Mapping[str, Any]) -> Any:
-    """Call `function(query, key, value, **given)` with those arguments that are not None, False or 0.
+    """Call `function(query, key, value, **given)` with those arguments that ask for something.
 
     Args:
         function: an attention function.
         query: `[B, T, N, D]`.
         key: `[B, S, K, D]`.
         value: `[B, S, K, Dv]`.
-        arguments: by name; None, False and 0 (the number) stand for "not asked for".
+        arguments: by name; None, False and a dropout_rate of 0 stand for "not asked for".
 
     Returns:
         What the function returns.
@@ -58,7 +58,7 @@ def call_attention(function: Callable[..., Any], query: Any, key: Any, value: An
     given = {
         name: argument
         for name, argument in arguments.items()
-        if argument is not None and not (isinstance(argument, bool | int | float) and not argument)
+        if argument is not None and argument is not False and not (name == "dropout_rate" and argument == 0)
     }
     refused = [name for name in given if not accepts(function, name)]
     if refused:
