@@ -26,6 +26,7 @@ from jattn.models.pretrained.readers import UnreadableFile, torch_pickle
 from jattn.models.pretrained.smiles import is_atom
 from jattn.models.pretrained.torch_layout import Renaming
 from jattn.models.swap import Attention
+from jattn.probes import AttnHook
 
 FIRST, LAST, UNKNOWN = "[CLS]", "[SEP]", "[UNK]"
 LAYER, HEAD = 10, 5
@@ -95,31 +96,24 @@ class RxnMapper:
             )
         read = read_reaction(reaction)
         tokens, _ = self.encode(read)
-        weights = attention_weights(self.model, tokens[None], layer=layer, replace=dict(replace or {}))
-        return map_by_attention(read, np.asarray(weights, np.float64)[0, head, 1:-1, 1:-1])
+        weights = attention_weights(self.model, tokens[None], dict(replace or {}))
+        return map_by_attention(read, np.asarray(weights[layer, 0, head, 1:-1, 1:-1], np.float64))
 
 
-@nnx.jit(static_argnames="layer")
-def attention_weights(
-    model: Encoder, tokens: jax.Array | np.ndarray, *, layer: int, replace: Mapping[str, Any]
-) -> jax.Array:
-    """The softmax weights of a layer, from its queries and keys: softmax(q k^T / sqrt(D)).
+@nnx.jit
+def attention_weights(model: Encoder, tokens: jax.Array | np.ndarray, replace: Mapping[str, Any]) -> jax.Array:
+    """The weights of all layers and heads.
 
     Args:
-        model: an encoder with norms after attention, without positions inside it.
+        model: an encoder whose mechanisms have weights.
         tokens: `[B, T]`.
-        layer: counted from 0.
         replace: (mask, value) by site.
 
     Returns:
-        float32 `[B, N, T, T]`, rows that sum to 1.
+        float32 at least, `[L, B, N, T, T]`.
     """
-    _, aux = model.states(tokens, record=("embed", "resid"), replace=replace)
-    sites, attention = aux["sites"], model.stack.blocks[layer].attention
-    x = sites["resid"][layer - 1] if layer else sites["embed"]
-    query, key, _ = attention.project(x, x)
-    logits = jnp.einsum("btnd,bsnd->bnts", query, key, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(logits * query.shape[-1] ** -0.5, axis=-1)
+    _, aux = model.states(tokens, hook=AttnHook(observe=frozenset({"row_weights"})), replace=replace)
+    return aux["hook"]["row_weights"]
 
 
 def load(*, attention: Attention = "softmax_attention", dtype: Any = jnp.float32) -> RxnMapper:
@@ -193,9 +187,7 @@ def renamed(tensors: MutableMapping[str, np.ndarray], config: TransformerConfig)
     tables = "albert.embeddings"
     types = renaming.take(f"{tables}.token_type_embeddings.weight")
     renaming.weights["embed.embedding"] = renaming.take(f"{tables}.word_embeddings.weight")
-    renaming.weights["stack.learned.table.embedding"] = (
-        renaming.take(f"{tables}.position_embeddings.weight") + types[0]
-    )
+    renaming.weights["stack.learned.table.embedding"] = renaming.take(f"{tables}.position_embeddings.weight") + types[0]
     renaming.norm("stack.embedding_norm", f"{tables}.LayerNorm")
     renaming.linear("stack.embedding_projection", "albert.encoder.embedding_hidden_mapping_in")
     mine, theirs = "stack.blocks.0", "albert.encoder.albert_layer_groups.0.albert_layers.0"

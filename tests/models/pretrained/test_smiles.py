@@ -111,7 +111,8 @@ def test_atoms_know_their_tokens():
 
 
 @pytest.mark.parametrize(
-    "text", ["C(", "C)", "C1CC", "=C", "C=", "C==C", "C(=)C", "(C)", "1CC1", "C11", "C-1CC=1", "C.=C", "[Xx3]", "C>C", "C>>C"]
+    "text",
+    ["C(", "C)", "C1CC", "=C", "C=", "C==C", "C(=)C", "(C)", "1CC1", "C11", "C-1CC=1", "C.=C", "[Xx3]", "C>C", "C>>C"],
 )
 def test_what_is_no_molecule_is_refused(text):
     with pytest.raises(ValueError, match="no SMILES"):
