@@ -1,4 +1,4 @@
-"""Weights as torch's linear layers hold them, into the layout of jattn's: kernels turned, heads on an axis of their own."""
+"""Weights as torch's layers hold them, into the layout of jattn's: kernels turned, heads on an axis of their own."""
 
 from __future__ import annotations
 

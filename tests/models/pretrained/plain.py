@@ -1,4 +1,4 @@
-"""The layers of a plain transformer, straight from the formulas: the truth in float64, and the scale of errors below."""
+"""The layers of a plain transformer, straight from the formulas: in float64 the truth, below it the scale of errors."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -122,12 +122,12 @@ def test_what_is_no_molecule_is_refused(text):
 def test_any_text_is_read_or_refused():
     rng = np.random.default_rng(0)
     signs = ["C", "c", "N", "[O-]", "(", ")", "=", "-", ">", "1", "2", "%10", ".", "~", "[", "]", "Cl", "*", ":3"]
-    outcomes = set()
-    for _ in range(2000):
-        text = "".join(rng.choice(signs, size=rng.integers(1, 9)))
+    texts = ["".join(rng.choice(signs, size=rng.integers(1, 9))) for _ in range(2000)]
+
+    def is_read(text):
         try:
-            outcomes.add(len(graph(text).atoms) > 0)
-        except ValueError as error:
-            assert "no SMILES" in str(error)
-            outcomes.add("refused")
-    assert outcomes >= {True, "refused"}
+            return len(graph(text).atoms) > 0
+        except ValueError:  # and nothing else
+            return False
+
+    assert 0 < sum(map(is_read, texts)) < len(texts)
