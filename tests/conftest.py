@@ -38,6 +38,8 @@ HOOKED = (
     "jattn.softmax.reference",
     "jattn.softmax.topk",
 )
+# Readers of files take a step for every few bytes and have no shapes; checked at each call they would take minutes.
+UNHOOKED = ("jattn.models.pretrained.readers",)
 # Pytree dataclasses must stay free to hold anything: vmap and tree.map put tracers, axes and None into them.
 PYTREE = "register_dataclass"
 
@@ -49,6 +51,7 @@ def modules_to_hook() -> list[str]:
         parts = path.relative_to(ROOT).with_suffix("").parts
         name = ".".join(parts)
         below = any(name == hooked or name.startswith((hooked + ".", hooked + "_")) for hooked in HOOKED)
+        below = below and not name.startswith(UNHOOKED)
         if below and parts[-1] != "__init__" and PYTREE not in path.read_text(encoding="utf-8"):
             names.append(name)
     return names

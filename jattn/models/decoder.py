@@ -102,6 +102,7 @@ class DecoderLM(nnx.Module):
         positions: Any = None,
         segment_ids: Any = None,
         cache: DecodeCache | None = None,
+        logits_at: Any = None,
         hook: Any = None,
         record: Iterable[str] = (),
         replace: Mapping[str, Any] | None = None,
@@ -115,6 +116,8 @@ class DecoderLM(nnx.Module):
             positions: `[T]` or `[B, T]`; 0 .. T-1 if not given. Not together with a cache, which counts them.
             segment_ids: `[B, T]`, documents packed in a row; negative = padding. With a cache only the sign counts.
             cache: what `init_cache` made; the new tokens are stored in it.
+            logits_at: int `[B, R]`, the places whose logits are wanted; all if not given. After a prompt only the last
+                place matters, and a vocabulary is wide.
             hook: a `jattn.probes.AttnHook` for every attention, its arrays with a leading layer axis.
             record: sites to record: 'embed', 'head_out', 'attn_out', 'mlp_out', 'resid'.
             replace: (mask, value) by site: x <- where(mask, value, x), broadcastable to the site's stacked shape.
@@ -122,7 +125,7 @@ class DecoderLM(nnx.Module):
             rngs: an `nnx.Rngs` or a key, for dropout.
 
         Returns:
-            ModelOutput(logits `[B, T, V]`, cache, aux); recorded sites are aux['sites'], losses aux['losses'], what
+            ModelOutput(logits `[B, T, V]` or `[B, R, V]`, cache, aux); recorded sites are aux['sites'], losses aux['losses'], what
             the hook observed aux['hook'].
 
         Raises:
@@ -149,6 +152,8 @@ class DecoderLM(nnx.Module):
             positions=positions,
             segment_ids=segment_ids,
         )
+        if logits_at is not None:
+            x = jnp.take_along_axis(x, jnp.asarray(logits_at)[..., None], axis=1)
         logits = self.embed.attend(x) if self.head is None else self.head(x)
         return ModelOutput(logits, None if cache is None else DecodeCache(layers, cache.policies), aux)
 

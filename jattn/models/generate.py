@@ -14,7 +14,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from jattn.cache import CachePolicy, FullCache
-from jattn.models.decoder import DecoderLM
+from jattn.models.decoder import DecodeCache, DecoderLM
 
 
 class Generated(NamedTuple):
@@ -211,10 +211,10 @@ def _generate(
 
     if plan.policies is None:
         memory = jnp.concatenate([prompt, jnp.zeros((batch, plan.max_new_tokens), jnp.int32)], axis=1)
-        logits = model(memory).logits[rows, counts - 1]
+        logits = model(memory, logits_at=counts[:, None] - 1).logits[:, 0]
     else:
         memory = model.init_cache(plan.policies, batch)
-        memory, logits = _prefill(model, memory, prompt, valid, plan)
+        memory, logits = prefill(model, memory, prompt, valid)
 
     def choose(step: Any, logits: Any) -> Any:
         if plan.greedy:
@@ -224,7 +224,7 @@ def _generate(
     def advance(memory: Any, token: Any, places: Any, done: Any) -> tuple[Any, Any]:
         if plan.policies is None:
             memory = memory.at[rows, places].set(token)
-            return memory, model(memory).logits[rows, places]
+            return memory, model(memory, logits_at=places[:, None]).logits[:, 0]
         out = model(token[:, None], cache=memory, segment_ids=jnp.where(done, -1, 0)[:, None])
         return out.cache, out.logits[:, 0]
 
@@ -248,10 +248,20 @@ def _generate(
     return Generated(tokens, lengths)
 
 
-def _prefill(model: Any, cache: Any, prompt: Any, valid: Any, plan: _Plan) -> tuple[Any, Any]:
-    """Feed the prompt in chunks; returns the cache and the logits after each row's last valid token."""
+def prefill(model: DecoderLM, cache: DecodeCache, prompt: Any, valid: Any) -> tuple[DecodeCache, Any]:
+    """Feed prompts into a cache, in chunks that its policies can take.
+
+    Args:
+        model: a decoder.
+        cache: what `init_cache` made.
+        prompt: int32 `[B, P]`.
+        valid: bool `[B, P]`, false for padding, which stands to the right.
+
+    Returns:
+        The cache, and the logits `[B, V]` after each row's last valid token.
+    """
     batch, length = prompt.shape
-    limits = [policy.max_chunk for policy in plan.policies or () if policy.max_chunk is not None]
+    limits = [policy.max_chunk for policy in cache.policies if policy.max_chunk is not None]
     chunk = min([length, *limits])
     count = -(-length // chunk)
     pad = ((0, 0), (0, count * chunk - length))
@@ -260,12 +270,12 @@ def _prefill(model: Any, cache: Any, prompt: Any, valid: Any, plan: _Plan) -> tu
     def feed(carry: Any, part: Any) -> tuple[Any, None]:
         cache, last = carry
         tokens, shown = part
-        out = model(tokens, cache=cache, segment_ids=jnp.where(shown, 0, -1))
         index = jnp.sum(shown, axis=1) - 1
-        found = out.logits[jnp.arange(batch), jnp.maximum(index, 0)]
-        return (out.cache, jnp.where((index >= 0)[:, None], found, last)), None
+        places = jnp.maximum(index, 0)[:, None]
+        out = model(tokens, cache=cache, segment_ids=jnp.where(shown, 0, -1), logits_at=places)
+        return (out.cache, jnp.where((index >= 0)[:, None], out.logits[:, 0], last)), None
 
-    dtype = jax.eval_shape(lambda: model(chunks[0]).logits).dtype
+    dtype = jax.eval_shape(lambda: model(chunks[0][:, :1]).logits).dtype
     last = jnp.zeros((batch, model.config.vocab_size), dtype)
     (cache, last), _ = jax.lax.scan(feed, (cache, last), (chunks, shown))
     return cache, last

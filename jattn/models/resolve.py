@@ -14,7 +14,6 @@ from flax import nnx
 from jattn import catalog
 from jattn.layers.attention import MultiHeadAttention
 from jattn.mechanisms.entry import PATTERNS, Entry
-from jattn.mechanisms.softmax.softmax_attention import softmax_attention
 from jattn.softmax.api import dot_product_attention
 from jattn.softmax.masks import Mask
 
@@ -130,8 +129,6 @@ def resolve_function(name: str, pattern: str | None = None, /, **options: Any) -
         return functools.partial(masked_attention, visible=entry.target(**options))
     if entry.kind == "cache":
         return functools.partial(masked_attention, visible=entry.target(**options).parallel_mask())
-    if entry.target is softmax_attention and not options:
-        return dot_product_attention  # The same, but hooks know the engine and need not ask it for its weights.
     return functools.partial(entry.target, **options) if options else entry.target
 
 

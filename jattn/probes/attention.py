@@ -41,7 +41,9 @@ def attention(
     call.
 
     Any other `attention_fn` must be linear in its values. It takes what its signature lists; its weights are read by
-    calling it on one-hot values (T * S * S work), and 'entropy' presumes weights that are not negative.
+    calling it on one-hot values (T * S * S work), and 'entropy' presumes weights that are not negative. A mechanism
+    that only prepares a call of the engine says so in an attribute `engine_call`, as `softmax_attention` does, and is
+    then treated like the engine.
 
     Args:
       query: `[B, T, N, D]`.
@@ -157,8 +159,8 @@ def _mix(call: Call, weights: Any, before: Any, selection: Selection) -> Any:
     # Values that are not finite may stand where nobody looks, and 0 * NaN is NaN.
     unseen = ~(before != 0).any(2)[..., None]
     value = jnp.where(unseen & ~jnp.isfinite(value), 0, value)
-    how = {"precision": call.arguments.get("precision")}
-    return jnp.einsum("bhrs,bhsd->brhd", weights, value, **how).astype(call.query.dtype)
+    mixed = jnp.einsum("bhrs,bhsd->brhd", weights, value, precision=call.arguments.get("precision"))
+    return mixed.astype(call.query.dtype)
 
 
 def _selection(hook: AttnHook, call: Call) -> Selection:

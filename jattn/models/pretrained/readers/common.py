@@ -17,6 +17,7 @@ from jattn.models.pretrained.readers import UnreadableFile
 
 BFLOAT16 = np.dtype(jnp.bfloat16)
 MOST_AXES = 32
+_LONGEST_MESSAGE = 400
 
 Path = str | os.PathLike[str]
 
@@ -44,7 +45,7 @@ def library(name: str) -> ModuleType:
 
 
 def shown(value: Any) -> str:
-    """A value from a file for a message: cut and quoted, so that it cannot flood or steer a terminal.
+    """A value from a file for a message, cut and quoted.
 
     Of a collection only the type is told, since to print what a hostile file nests may never end.
     """
@@ -79,7 +80,8 @@ class Source:
         self.position = position
 
     def error(self, what: str) -> UnreadableFile:
-        """The error that says what is wrong with this file."""
+        """The error that says what is wrong with this file, cut where a library has quoted the file at length."""
+        what = "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in what[:_LONGEST_MESSAGE])
         return UnreadableFile(f"{self.path} cannot be read as {self.kind}: {what}")
 
     def skip(self, count: int) -> int:

@@ -77,12 +77,15 @@ def _weights(source: Source, onnx: Any, model: Any) -> dict[str, np.ndarray]:
         raise source.error("it has no version, no operator set or no nodes")
     weights: dict[str, np.ndarray] = {}
     for tensor in model.graph.initializer:
-        if not tensor.name or tensor.name in weights:
+        # A name that is not UTF-8 comes as bytes.
+        if type(tensor.name) is not str or not tensor.name or tensor.name in weights:
             raise source.error(f"it has an initializer without a name of its own: {shown(tensor.name)}")
         weights[tensor.name] = _array(source, onnx, tensor)
     for node in model.graph.node:
         if node.op_type == "MatMul" and node.name and len(node.input) == 2 and node.input[1] in weights:
             weight = weights[node.input[1]]
+            if type(node.name) is not str:
+                raise source.error(f"a node has the name {node.name[:80]!r}, which is not UTF-8")
             if weights.setdefault(node.name, weight) is not weight:
                 raise source.error(f"two weights are named {shown(node.name)}")
     return weights

@@ -16,7 +16,7 @@ from typing import Any
 
 from jattn.models.pretrained.readers.common import Source, shown
 
-_MOST_STEPS = 1_000_000
+_MOST_STEPS = 500_000
 _LONGEST_NAME = 200
 
 
