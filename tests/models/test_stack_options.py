@@ -157,8 +157,7 @@ def test_decoding_shows_the_same_weights():
 
 def test_layers_that_cannot_run_hooks_say_so():
     config = dataclasses.replace(CONFIG, position="none")
-    model = Encoder(
-        config, attention="AgentAttention", attention_options={"grid": (7,), "num_agents": 3}, rngs=nnx.Rngs(0)
-    )
+    options = {"grid": (2, 2), "num_agents": 4}
+    model = Encoder(config, attention="AgentAttention", attention_options=options, rngs=nnx.Rngs(0))
     with pytest.raises((ValueError, TypeError), match="hook"):
-        model(TOKENS, hook=probes.for_layers(probes.AttnHook(observe={"lse"}), 2))
+        model(TOKENS[:, :4], hook=probes.for_layers(probes.AttnHook(observe={"lse"}), 2))

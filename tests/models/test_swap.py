@@ -10,7 +10,7 @@ from flax import nnx
 
 import jattn
 from jattn import probes
-from jattn.models import DecoderLM, Swap, TransformerConfig, resolve
+from jattn.models import DecoderLM, Swap, TransformerConfig, generate, resolve
 from jattn.models.resolve import resolve_function
 from jattn.models.swap import HeadMix
 
@@ -50,6 +50,14 @@ def test_only_the_heads_that_are_named_change():
     np.testing.assert_allclose(logits(everywhere), logits("linear_attention"), atol=1e-5)
 
 
+def test_models_with_swaps_are_compiled_as_others_are():
+    model = decoder([Swap("window_cache", {"window": 3}, layers=[0]), Swap("pointwise_attention", heads=[1], layers=[1])])
+    np.testing.assert_allclose(nnx.jit(lambda m: m(TOKENS).logits)(model), model(TOKENS).logits, atol=2e-5)
+    found = generate(model, TOKENS[:, :4], max_new_tokens=3, temperature=0)
+    assert found.tokens.shape == (2, 3)
+    assert hash(Swap("a", {"b": [1]}, layers=[1])) == hash(Swap("a", {"b": [1]}, layers=(1,)))
+
+
 def test_later_swaps_win():
     both = [
         Swap("linear_attention"),
@@ -64,7 +72,11 @@ def test_later_swaps_win():
     ("name", "options", "mask"),
     [
         ("window_cache", {"window": 3}, jattn.masks.sliding_window(3)),
-        ("sink_window_cache", {"window": 3, "num_sinks": 2}, jattn.masks.sliding_window(3, num_sinks=2)),
+        (
+            "sink_window_cache",
+            {"window": 3, "num_sinks": 2, "positions": "original"},
+            jattn.masks.sliding_window(3, num_sinks=2),
+        ),
         ("full_cache", {"max_tokens": 9}, jattn.masks.causal()),
         ("gna_mask", {"grid": None, "window": 3, "is_causal": True}, jattn.masks.sliding_window(3)),
     ],
@@ -94,7 +106,7 @@ def test_masked_attention_joins_the_mask_of_a_call():
     both = jattn.masks.sliding_window(3).to_dense(1, 1, 6, 6) & hidden
     want = jattn.dot_product_attention(x, x, x, mask=both)
     np.testing.assert_allclose(function(x, x, x, mask=hidden), want, atol=1e-6)
-    np.testing.assert_allclose(function(x, x, x, mask=jattn.masks.dense(hidden)), want, atol=1e-6)
+    np.testing.assert_allclose(function(x, x, x, mask=jattn.masks.dense(hidden[None, None])), want, atol=1e-6)
 
 
 def test_mixed_heads_split_what_belongs_to_heads():
@@ -119,7 +131,7 @@ def test_errors_of_swaps():
         (Swap("moh_attention", heads=[0]), "is a layer"),
         ([Swap("moh_attention"), Swap("linear_attention", heads=[0])], "parameters of its own"),
         (Swap("window_cache", {"windoww": 3}), "Did you mean window"),
-        (Swap("sink_window_cache", {"window": 3, "num_sinks": 2, "positions": "cache"}), "cannot be said by a mask"),
+        (Swap("sink_window_cache", {"window": 3, "num_sinks": 2, "positions": "cache"}), "no mask can say"),
         (Swap("rope"), "cannot stand as the attention"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -12,7 +12,7 @@ from flax import nnx
 
 
 def fill(
-    build: Callable[[], nnx.Module],
+    build: Callable[[Any], nnx.Module],
     weights: MutableMapping[str, np.ndarray],
     *,
     new: Callable[[str], bool] | None = None,

@@ -1,4 +1,4 @@
-"""Registries of one package, and files that may be broken: what a reader may answer, in how much time and memory."""
+"""Packages that may be absent, registries of one package, and files that may be broken: what a reader may answer, in how much time and memory."""
 
 import time
 import tracemalloc
@@ -12,6 +12,22 @@ from jattn.models.pretrained.readers import UnreadableFile
 
 # What parsers and errors need whatever the file is, and what arrays of a few bytes weigh as objects.
 FEW_BYTES, BYTES_A_BYTE, SECONDS = 4 << 20, 64, 10.0
+
+
+@pytest.fixture(scope="session")
+def fetched():
+    """`fetched(name)` skips a test whose package is not on this machine, and says how to get it.
+
+    A damaged package is no reason to skip: reading it fails, and so does the test.
+    """
+
+    def require(name):
+        try:
+            packages.path(name, "weights")
+        except packages.NotFetched as missing:
+            pytest.skip(str(missing))
+
+    return require
 
 
 @pytest.fixture(scope="module")
