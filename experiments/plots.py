@@ -125,14 +125,14 @@ def memory(cells: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     save(figure, path)
 
 
-def legend(figure: Any, axes: Mapping[str, Any]) -> None:
+def legend(figure: Any, axes: Mapping[str, Any], columns: int = 4) -> None:
     """One legend below all panels, each name once."""
     found = {}
     for axis in axes.values():
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found:
-        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, fontsize=8)
+        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def draw(cells: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -20,11 +20,11 @@ from jattn.tasks.base import cross_entropy
 
 PATTERN = "causal self"
 BUDGETS: Mapping[str, Sequence[str]] = {
-    "full_cache": ("capacity={length}",),
+    "full_cache": ("max_tokens={length}",),
     "window_cache": ("window=64", "window=256", "window=1024"),
     "sink_window_cache": tuple(f"window={window},num_sinks=4,positions=original" for window in (64, 256, 1024)),
     "gna_mask": ("grid=None,window=256,is_causal=True",),
-    "gna_attention": ("window=256", "window=64,dilation=4"),
+    "gna_attention": ("window=256",),
     "moba_attention": ("chunk_size=64,topk=4", "chunk_size=64,topk=8"),
 }
 """Options of the mechanisms that have a budget; one that is not here runs with its defaults. Positions stay those of

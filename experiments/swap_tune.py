@@ -24,12 +24,12 @@ from flax import nnx
 
 from experiments.training import TrainOptions, make_optimizer
 from jattn.tasks.char_lm import code_text
-from jattn.tasks.real_qkv import ARTICLES, articles
+from jattn.tasks.real_qkv import articles
 
 CHARACTERS = 8
 """Characters of text drawn for each token wanted; what is too much is cut off."""
 SHARED = 60
-"""A paragraph of so many characters that also stands in the articles takes its whole topic out."""
+"""A line of so many characters that also stands in the articles takes its whole topic out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +65,14 @@ class Tuned(NamedTuple):
 def texts() -> tuple[str, str]:
     """Prose and code to train on, neither of which holds anything of the articles for judging."""
     topics = importlib.import_module("pydoc_data.topics")
-    judged = {paragraph for paragraph in articles().split("\n\n") if len(paragraph) >= SHARED}
-    prose = [
-        text
-        for name, text in sorted(topics.topics.items())
-        if name not in ARTICLES and not judged & set(text.split("\n\n"))
-    ]
+    judged = _long_lines(articles())
+    prose = [text for name, text in sorted(topics.topics.items()) if not judged & _long_lines(text)]
     own = pathlib.Path(topics.__file__).read_text(encoding="utf-8")
     return "\n".join(prose), code_text().replace(own, "")
+
+
+def _long_lines(text: str) -> set[str]:
+    return {line.strip() for line in text.splitlines() if len(line.strip()) >= SHARED}
 
 
 def batches(encode: Callable[[str], np.ndarray], options: TuneOptions) -> np.ndarray:
