@@ -4,12 +4,13 @@ from jattn.probes.attention import attention
 from jattn.probes.attention_entropy import attention_entropy
 from jattn.probes.capture import capture, for_layers
 from jattn.probes.composing import compose
-from jattn.probes.hook import OBSERVABLE, AttnHook, Reweight, per_query_head, redistribute, renormalize
+from jattn.probes.hook import INPUTS, OBSERVABLE, AttnHook, Reweight, per_query_head, redistribute, renormalize
 from jattn.probes.induction_score import induction_rows, induction_score
 from jattn.probes.kept_mass import kept_mass, kept_mass_of_lse
 from jattn.probes.sink_rate import column_counts, sink_rate
 
 __all__ = [
+    "INPUTS",
     "OBSERVABLE",
     "AttnHook",
     "Reweight",

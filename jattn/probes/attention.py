@@ -12,7 +12,7 @@ import numpy as np
 from jattn.probes import observing, reweighting
 from jattn.probes.call import Call, make_call, needs
 from jattn.probes.dense import Selection, dropped, weights_of
-from jattn.probes.hook import AttnHook, Reweight
+from jattn.probes.hook import INPUTS, AttnHook, Reweight
 from jattn.softmax.api import dot_product_attention
 from jattn.softmax.calling import call_attention
 
@@ -57,8 +57,8 @@ def attention(
         are float32 at least.
 
     Returns:
-      output `[B, T, N, Dv]`, and a dictionary of what was observed: 'query', 'key' and 'value' as the function got
-      them, after positions and `qkv`, in their own dtype; 'lse' and 'entropy' `[B, T, N]`, 'group_mass'
+      output `[B, T, N, Dv]`, and a dictionary of what was observed: 'query', 'key' and 'value' as the function gets
+      them, after `qkv`, in their own dtype; 'lse' and 'entropy' `[B, T, N]`, 'group_mass'
       `[B, N, T, G]`, 'col_mass' `[B, S, K]` (sums over the heads of a group; `[B, S, N]` with qkv=per_query_head),
       'row_weights' `[B, heads, rows, S]`; 'out' is the extra of the hook's `out`. A row that sees nothing has lse -inf,
       all other statistics 0.
@@ -102,7 +102,8 @@ def _observed(
     hook: AttnHook, call: Call, selection: Selection, reweight: Reweight | None
 ) -> tuple[Any, dict[str, Any]]:
     """The output of the call as it is, where it came along, and what is observed."""
-    plain, aux = None, {name: getattr(call, name) for name in ("query", "key", "value") if name in hook.observe}
+    plain: Any = None
+    aux: dict[str, Any] = {n: getattr(call, n) for n in INPUTS if n in hook.observe}
     if "lse" in hook.observe:
         needs(call, "return_residual", "'lse'")
         plain, aux["lse"] = call.run(residual=True)

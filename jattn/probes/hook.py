@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-OBSERVABLE = ("query", "key", "value", "lse", "entropy", "group_mass", "col_mass", "row_weights")
-"""What a hook can observe."""
+INPUTS = ("query", "key", "value")
+"""What a hook can observe of the call itself, as it is."""
+OBSERVABLE = ("lse", "entropy", "group_mass", "col_mass", "row_weights")
+"""The statistics that a hook can observe."""
 
 
 def _static(default: Any) -> Any:
@@ -126,7 +128,7 @@ class AttnHook:
       rows: int `[B|1, R]` or `[R]`, query indices (negative ones count from the end) at which `weights`, 'row_weights'
         and a reweight with a query axis apply; None for all. Distinct, and within range.
       heads: query heads of the same; None for all.
-      observe: names of `OBSERVABLE`; all are taken after `qkv` and before `reweight` and `weights`.
+      observe: names of `INPUTS` and `OBSERVABLE`; all are taken after `qkv` and before `reweight` and `weights`.
       row_weight: `[B|1, T]` or `[T]`, weights of the query rows in 'col_mass'; None for 1.
       params: a pytree, which every function gets.
 
@@ -164,9 +166,11 @@ class AttnHook:
                 raise ValueError(f"AttnHook: heads must be distinct ints >= 0, at least one, got {self.heads!r}")
             object.__setattr__(self, "heads", heads)
         names = (self.observe,) if isinstance(self.observe, str) else self.observe
-        unknown = sorted(str(name) for name in names if name not in OBSERVABLE)
+        unknown = sorted(str(name) for name in names if name not in INPUTS + OBSERVABLE)
         if unknown:
-            raise ValueError(f"AttnHook: observe names {', '.join(unknown)}; there are: {', '.join(OBSERVABLE)}")
+            raise ValueError(
+                f"AttnHook: observe names {', '.join(unknown)}; there are: {', '.join(INPUTS + OBSERVABLE)}"
+            )
         object.__setattr__(self, "observe", frozenset(names))
 
     @property

@@ -154,7 +154,8 @@ def _computed(layers: list[int] | None, length: int, text: str, dtype: np.dtype)
         seen = capture(nnx.merge(graphdef, state), tokens, observe=names, sites=())
         return [seen[name][chosen, 0].astype(dtype) for name in names]
 
-    return RealQkv(*(np.asarray(x) for x in observed(state, tokens[None])), tokens)
+    queries, keys, values = map(np.asarray, observed(state, tokens[None]))
+    return RealQkv(queries, keys, values, tokens)
 
 
 def _read(path: pathlib.Path) -> RealQkv | None:

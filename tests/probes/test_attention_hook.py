@@ -316,6 +316,16 @@ def test_dropout_comes_after_the_edit_and_not_into_statistics(arrays):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), dry, wet)
 
 
+def test_query_key_and_value_are_those_of_the_call(arrays):
+    arrays = {name: jnp.asarray(x, jnp.bfloat16) for name, x in arrays.items()}
+    output, aux = attention(**arrays, hook=AttnHook(qkv=per_query_head, observe={"query", "key", "value"}))
+    for name, repeats in (("query", 1), ("key", 2), ("value", 2)):
+        assert aux[name].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(aux[name], jnp.repeat(arrays[name], repeats, axis=2))
+    assert aux.keys() == {"query", "key", "value"}
+    assert output.dtype == jnp.bfloat16
+
+
 def test_statistics_are_float32_and_outputs_keep_their_dtype(arrays):
     """In bfloat16 the column sums of long rows would be off by percents."""
     narrow = {name: jnp.asarray(x, jnp.bfloat16) for name, x in arrays.items()}
