@@ -52,7 +52,7 @@ def styles(cells: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
     """A color and a marker for every mechanism."""
     names = list(dict.fromkeys(cell["mechanism"] for cell in cells))
     return {
-        name: {"color": COLORS[place % len(COLORS)], "marker": MARKERS[place % len(MARKERS)]}
+        name: {"color": COLORS[place % len(COLORS)], "marker": MARKERS[(place + place // len(COLORS)) % len(MARKERS)]}
         for place, name in enumerate(names)
     }
 
@@ -125,14 +125,15 @@ def memory(cells: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     save(figure, path)
 
 
-def legend(figure: Any, axes: Mapping[str, Any], columns: int = 4) -> None:
-    """One legend below all panels, each name once."""
+def legend(figure: Any, axes: Mapping[str, Any], *, beside: bool = False) -> None:
+    """One legend for all panels, each name once: below them, or beside them where names are many."""
     found = {}
     for axis in axes.values():
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if found:
-        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+        where = {"loc": "outside right upper"} if beside else {"loc": "outside lower center", "ncols": 4}
+        figure.legend(found.values(), found.keys(), fontsize=8, **where)
 
 
 def draw(cells: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -24,6 +24,10 @@ COLUMNS = (
     "remark",
 )
 
+HIGHEST = 1000
+"""Ratios of perplexities above this are left out of pictures, where they would press all others together."""
+WIDTH, HEIGHT = 10.0, 5.2
+
 NOTES = """
 <ul class="note">
 <li>Perplexity: exp of the mean negative log-likelihood of all tokens but the first, in one pass over the text; the
@@ -93,25 +97,28 @@ def write_report(path: pathlib.Path, results: Mapping[str, Any], pictures: Mappi
 def _scatter(cells: Sequence[Mapping[str, Any]], key: str, label: str, path: pathlib.Path) -> None:
     """Perplexity over that of full attention against something, a mark a mechanism; hollow marks are after tuning."""
     looks = plots.styles(cells)
-    figure, axes = plots.panels([label], 4.8)
+    figure, axes = plots.panels([label], HEIGHT)
+    figure.set_figwidth(WIDTH)
     for cell in cells:
         place = cell["forward_s"]["median"] if key == "forward_s" else cell[key]
-        if place is None or cell["ratio"] is None:
+        if place is None:
             continue
         look = {"linestyle": "none", "markersize": 7, **looks[cell["mechanism"]]}
-        axes[label].plot(place, cell["ratio"], label=cell["mechanism"], **look)
-        if cell["tuned"] and cell["tuned"]["ratio"] is not None:
-            axes[label].plot(place, cell["tuned"]["ratio"], markerfacecolor="none", **look)
-    axes[label].set(xlabel=label, ylabel="perplexity over that of full attention", yscale="log")
+        ratios = {None: cell["ratio"], "none": (cell["tuned"] or {}).get("ratio")}
+        for face, ratio in ratios.items():
+            if ratio is not None and ratio <= HIGHEST:
+                axes[label].plot(place, ratio, label=cell["mechanism"], markerfacecolor=face, **look)
+    axes[label].set(xlabel=label, ylabel=f"perplexity over full attention's (up to {HIGHEST})", yscale="log")
     axes[label].grid(alpha=0.3, which="both")
-    plots.legend(figure, axes, columns=1)
+    plots.legend(figure, axes, beside=True)
     plots.save(figure, path)
 
 
 def by_layer(cells: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     """Kept mass of every layer, a line a mechanism."""
     looks = plots.styles(cells)
-    figure, axes = plots.panels(["kept mass by layer"], 4.8)
+    figure, axes = plots.panels(["kept mass by layer"], HEIGHT)
+    figure.set_figwidth(WIDTH)
     (axis,) = axes.values()
     for cell in cells:
         kept = cell["kept_by_layer"]
@@ -120,7 +127,7 @@ def by_layer(cells: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
             axis.plot(list(layers), kept, label=cell["mechanism"], markersize=3, **looks[cell["mechanism"]])
     axis.set(xlabel="layer", ylabel="kept attention mass")
     axis.grid(alpha=0.3)
-    plots.legend(figure, axes, columns=1)
+    plots.legend(figure, axes, beside=True)
     plots.save(figure, path)
 
 
