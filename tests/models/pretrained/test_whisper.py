@@ -15,8 +15,8 @@ from jattn.models.pretrained.log_mel import log_mel, read_sound
 pytestmark = pytest.mark.pretrained
 
 SAID = {
-    "clip_0870": "And Mr. John Dashwood had then leisure to consider how much there might be prudently in his power to do "
-    "for them.",
+    "clip_0870": "And Mr. John Dashwood had then leisure to consider how much there might be prudently in his power to "
+    "do for them.",
     "clip_0890": "Unless to be rather cold-hearted and rather selfish is to be ill-disposed.",
     "clip_0930": "He might even have been made amiable himself.",
 }
