@@ -9,8 +9,11 @@ from flax import nnx
 from jattn import masks, probes
 from jattn.cache import FullCache
 from jattn.models import Stream, Swap
-from jattn.models.pretrained import load
+from jattn.models.pretrained import load, packages
+from jattn.models.pretrained.readers import gguf_file
 from jattn.testing.compiling import usual_options
+from jattn.testing.tolerance import assert_within_policy
+from tests.models.pretrained.plain import TRUTH, in_precision
 
 pytestmark = pytest.mark.pretrained
 
@@ -81,15 +84,48 @@ def test_token_by_token_equals_the_parallel_pass(language):
     assert nll(np.stack(rows), tokens).mean() == pytest.approx(nll(want, tokens).mean(), abs=1e-4)
 
 
-def test_bfloat16(language):
-    """The same model with its weights rounded, computed in float32, is what bfloat16 may differ from by rounding."""
+def turned(plain, x, positions):
+    """Neighboring channels turn by position * base^(-2m/64): the file's own order, which the loader does not keep."""
+    angles = positions[:, None] * 100_000.0 ** (-np.arange(32) / 32)
+    cos, sin = (plain.np.asarray(f(angles), plain.wide)[:, None] for f in (np.cos, np.sin))
+    heads = plain.np.asarray(x, plain.wide).reshape(len(x), -1, 64)
+    even, odd = heads[..., 0::2], heads[..., 1::2]
+    pairs = plain.np.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return plain.array(pairs.reshape(x.shape))
+
+
+def plain_forward(plain, tensors, tokens):
+    """The stream after each layer, and the logits, from the file's tensors."""
+    x, stream = plain.array(tensors["token_embd.weight"][tokens]), []
+    for layer in range(30):
+
+        def weight(name, layer=layer):
+            return plain.array(tensors[f"blk.{layer}.{name}.weight"]).T
+
+        h = plain.rms_norm(x, tensors[f"blk.{layer}.attn_norm.weight"], 1e-5)
+        query, key = (turned(plain, h @ weight(f"attn_{name}"), np.arange(len(tokens))) for name in "qk")
+        _, mixed = plain.attention(query, key, h @ weight("attn_v"), 9, is_causal=True)
+        x = x + mixed @ weight("attn_output")
+        h = plain.rms_norm(x, tensors[f"blk.{layer}.ffn_norm.weight"], 1e-5)
+        gate = h @ weight("ffn_gate")
+        x = x + (gate / (1 + plain.np.exp(-gate)) * (h @ weight("ffn_up"))) @ weight("ffn_down")
+        stream.append(np.asarray(x, np.float64))
+    last = plain.rms_norm(x, tensors["output_norm.weight"], 1e-5)
+    return np.stack(stream), np.asarray(last @ plain.array(tensors["token_embd.weight"]).T, np.float64)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_all_layers_against_float64(language, fetched, dtype):
+    model = language.model if dtype == jnp.float32 else load("smollm2", dtype=dtype).model
     tokens = language.encode(TEXT)
-    coarse = load("smollm2", dtype=jnp.bfloat16)
-    rounded = nnx.clone(language.model)
-    nnx.update(rounded, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), nnx.state(rounded)))
-    found, truth = logits(coarse.model, tokens), logits(rounded, tokens)
-    assert nll(found, tokens).mean() == pytest.approx(nll(truth, tokens).mean(), abs=0.03)
-    assert np.sqrt(np.mean((found - truth) ** 2)) < 0.03 * np.sqrt(np.mean(truth**2))
+    _, tensors = gguf_file.read(packages.path("smollm2", "weights"))
+    truth, plain = (plain_forward(precision, tensors, tokens) for precision in (TRUTH, in_precision(dtype)))
+    run = jax.jit(lambda s, t: nnx.merge(graphdef, s)(t, record=("resid",)), compiler_options=usual_options())
+    graphdef, state = nnx.split(model)
+    out = run(state, tokens[None])
+    assert_within_policy(out.aux["sites"]["resid"][:, 0], truth[0], plain[0], dtype=dtype, what="stream")
+    assert_within_policy(out.logits[0], truth[1], plain[1], dtype=dtype, what="logits")
+    assert nll(np.asarray(truth[1]), tokens).mean() == pytest.approx(1.834, abs=0.001)
 
 
 def test_a_hook_and_a_swap_say_the_same(language):

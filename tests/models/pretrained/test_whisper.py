@@ -1,7 +1,9 @@
 """Whisper on real clips, through caches and in bfloat16; needs `jattn fetch whisper_tiny_en librivox` (73 MB)."""
 
+import functools
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,6 +13,10 @@ from jattn.cache import FullCache
 from jattn.models import Swap
 from jattn.models.pretrained import load, packages
 from jattn.models.pretrained.log_mel import log_mel, read_sound
+from jattn.models.pretrained.readers import ctranslate2_file
+from jattn.testing.compiling import usual_options
+from jattn.testing.tolerance import assert_within_policy
+from tests.models.pretrained.plain import TRUTH, in_precision
 
 pytestmark = pytest.mark.pretrained
 
@@ -80,6 +86,62 @@ def test_bfloat16_says_the_same(speech, clip):
     assert coarse.transcribe(clip("clip_0870")).text == SAID["clip_0870"]
     variables = (variable for _, variable in nnx.to_flat_state(nnx.state(coarse.model)))
     assert {variable.get_value().dtype for variable in variables} == {jnp.dtype("bfloat16")}
+
+
+def plain_forward(plain, tensors, mel, tokens):
+    """The memory and the logits, from the file's tensors."""
+
+    def linear(x, name):
+        return plain.linear(x, tensors[f"{name}/weight"], tensors[f"{name}/bias"])
+
+    def norm(x, name):
+        return plain.norm(x, tensors[f"{name}/layer_norm/gamma"], tensors[f"{name}/layer_norm/beta"], 1e-5)
+
+    def convolve(x, name, stride):
+        padded = plain.np.pad(x, ((1, 1), (0, 0)))
+        taps = [padded[k : k + len(x) : stride] @ plain.array(tensors[f"{name}/weight"])[:, :, k].T for k in range(3)]
+        return plain.gelu(sum(taps) + plain.array(tensors[f"{name}/bias"]))
+
+    def blocks(x, side, memory=None):
+        for layer in range(4):
+            here = f"{side}/layer_{layer}"
+            parts = plain.np.split(linear(norm(x, f"{here}/self_attention"), f"{here}/self_attention/linear_0"), 3, -1)
+            x = x + linear(
+                plain.attention(*parts, 6, is_causal=side == "decoder")[1], f"{here}/self_attention/linear_1"
+            )
+            if memory is not None:
+                query = linear(norm(x, f"{here}/attention"), f"{here}/attention/linear_0")
+                pair = plain.np.split(linear(memory, f"{here}/attention/linear_1"), 2, -1)
+                x = x + linear(plain.attention(query, *pair, 6)[1], f"{here}/attention/linear_2")
+            x = x + linear(plain.gelu(linear(norm(x, f"{here}/ffn"), f"{here}/ffn/linear_0")), f"{here}/ffn/linear_1")
+        return norm(x, side)
+
+    x = convolve(convolve(plain.array(mel), "encoder/conv1", 1), "encoder/conv2", 2)
+    memory = blocks(x + plain.array(tensors["encoder/position_encodings/encodings"]), "encoder")
+    table = plain.array(tensors["decoder/embeddings/weight"])
+    x = table[tokens] + plain.array(tensors["decoder/position_encodings/encodings"][: len(tokens)])
+    logits = blocks(x, "decoder", memory) @ table.T
+    return np.asarray(memory, np.float64), np.asarray(logits, np.float64)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_memory_and_logits_against_float64(speech, clip, dtype):
+    model = speech.model if dtype == jnp.float32 else load("whisper_tiny_en", dtype=dtype).model
+    tensors = ctranslate2_file.read(packages.path("whisper_tiny_en", "weights"), "WhisperSpec")
+    mel = log_mel(clip("clip_0930"))
+    tokens = np.array([*speech.prompt, *speech.tokenizer.encode(" He might even", add_special_tokens=False).ids])
+    truth, plain = (plain_forward(precision, tensors, mel, tokens) for precision in (TRUTH, in_precision(dtype)))
+
+    @functools.partial(jax.jit, compiler_options=usual_options())
+    def run(state, mel, tokens):
+        merged = nnx.merge(graphdef, state)
+        memory, _ = merged.encode(mel)
+        return memory, merged(tokens, memory).logits
+
+    graphdef, state = nnx.split(model)
+    memory, logits = run(state, mel[None], tokens[None])
+    assert_within_policy(memory[0], truth[0], plain[0], dtype=dtype, what="memory")
+    assert_within_policy(logits[0], truth[1], plain[1], dtype=dtype, what="logits")
 
 
 def test_other_mechanisms_in_each_place(speech, clip):
