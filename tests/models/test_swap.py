@@ -51,9 +51,8 @@ def test_only_the_heads_that_are_named_change():
 
 
 def test_models_with_swaps_are_compiled_as_others_are():
-    model = decoder(
-        [Swap("window_cache", {"window": 3}, layers=[0]), Swap("pointwise_attention", heads=[1], layers=[1])]
-    )
+    swaps = [Swap("window_cache", {"window": 3}, layers=[0]), Swap("pointwise_attention", heads=[1], layers=[1])]
+    model = decoder(swaps)
     np.testing.assert_allclose(nnx.jit(lambda m: m(TOKENS).logits)(model), model(TOKENS).logits, atol=2e-5)
     found = generate(model, TOKENS[:, :4], max_new_tokens=3, temperature=0)
     assert found.tokens.shape == (2, 3)

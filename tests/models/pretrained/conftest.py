@@ -1,4 +1,7 @@
-"""Packages that may be absent, registries of one package, and files that may be broken: what a reader may answer, in how much time and memory."""
+"""Packages that may be absent, registries of one package, and files that may be broken.
+
+Of the last: what a reader may answer, in how much time and memory.
+"""
 
 import time
 import tracemalloc

@@ -33,10 +33,20 @@ class Plain(NamedTuple):
     def gelu(self, x):
         return self.array(x * 0.5 * (1 + self.erf(x / self.array(np.sqrt(2)))))
 
-    def attention(self, query, key, value, num_heads):
-        """From [T, M] each to weights [N, T, T] and outputs [T, M]."""
-        q, k, v = (x.reshape(len(x), num_heads, -1).transpose(1, 0, 2) for x in (query, key, value))
-        logits = self.np.asarray(q @ k.transpose(0, 2, 1), dtype=self.wide) / np.sqrt(q.shape[-1])
+    def rms_norm(self, x, scale, epsilon):
+        x = self.np.asarray(x, dtype=self.wide)
+        return self.array(
+            x / self.np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * self.np.asarray(scale, self.wide)
+        )
+
+    def attention(self, query, key, value, num_heads, *, is_causal=False):
+        """From [T, M] and [S, M'] to weights [N, T, S] and outputs [T, M]; heads of keys are shared by equal groups."""
+        width = query.shape[1] // num_heads
+        q, k, v = (x.reshape(len(x), -1, width).transpose(1, 0, 2) for x in (query, key, value))
+        k, v = (self.np.repeat(x, num_heads // len(k), axis=0) for x in (k, v))
+        logits = self.np.asarray(q @ k.transpose(0, 2, 1), dtype=self.wide) / np.sqrt(width)
+        if is_causal:
+            logits = self.np.where(np.tri(len(query), len(key), dtype=bool), logits, -np.inf)
         weights = self.np.exp(logits - logits.max(-1, keepdims=True))
         weights = weights / weights.sum(-1, keepdims=True)
         return weights, (self.array(weights) @ v).transpose(1, 0, 2).reshape(query.shape)
