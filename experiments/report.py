@@ -137,6 +137,29 @@ def _table(task: str, cells: Sequence[Mapping[str, Any]], budget: Mapping[str, A
     )
 
 
+def image(title: str, file: pathlib.Path) -> str:
+    """A picture inside the page, from a PNG file."""
+    content = base64.b64encode(file.read_bytes()).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{content}">'
+
+
+def document(title: str, body: str, style: str = "") -> bytes:
+    """A page that needs no other file; its tables sort themselves by the column that is clicked on.
+
+    Args:
+        title: of the window.
+        body: HTML.
+        style: CSS that is added.
+    """
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
+<style>{STYLE}{style}</style></head><body>
+{body}
+<script>{SCRIPT}</script>
+</body></html>
+""".encode()
+
+
 def write_report(path: pathlib.Path, results: Mapping[str, Any], pictures: Mapping[str, pathlib.Path]) -> None:
     """Write the report.
 
@@ -149,22 +172,13 @@ def write_report(path: pathlib.Path, results: Mapping[str, Any], pictures: Mappi
     for cell in results["cells"]:
         by_task.setdefault(cell["task"], []).append(cell)
     tables = "\n".join(_table(task, cells, results["budget"]["tasks"].get(task, {})) for task, cells in by_task.items())
-    images = "\n".join(
-        f'<h2>{html.escape(title)}</h2>\n<img alt="{html.escape(title)}" src="data:image/png;base64,'
-        f'{base64.b64encode(file.read_bytes()).decode()}">'
-        for title, file in pictures.items()
-    )
+    images = "\n".join(f"<h2>{html.escape(title)}</h2>\n{image(title, file)}" for title, file in pictures.items())
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     seeds = ", ".join(map(str, results["budget"]["seeds"]))
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>jattn: comparison</title><style>{STYLE}</style></head><body>
-<h1>Attention mechanisms under one budget</h1>
+    body = f"""<h1>Attention mechanisms under one budget</h1>
 <p><code>{html.escape(results["command"])}</code></p>
 <p class="note">{html.escape(results["device"])}; {html.escape(versions)}; seeds {seeds}. Click on a column to sort.</p>
 {tables}
 {NOTES}
-{images}
-<script>{SCRIPT}</script>
-</body></html>
-"""
-    write_bytes(path, page.encode())
+{images}"""
+    write_bytes(path, document("jattn: comparison", body))

@@ -61,7 +61,11 @@ def plot_attention(
     count, length, source = maps.shape
     if key_tokens is None and source == length:
         key_tokens = tokens
-    for name, given, wanted in (("tokens", tokens, length), ("key_tokens", key_tokens, source), ("titles", titles, count)):
+    for name, given, wanted in (
+        ("tokens", tokens, length),
+        ("key_tokens", key_tokens, source),
+        ("titles", titles, count),
+    ):
         if given is not None and len(given) != wanted:
             raise ValueError(f"plot_attention: {name} holds {len(given)}, expected {wanted}")
     columns = min(columns, count)
@@ -74,7 +78,7 @@ def plot_attention(
             continue
         image = axis.imshow(maps[place], cmap="Blues", norm=PowerNorm(gamma, 0, top), aspect="auto")
         if titles is not None:
-            axis.set_title(titles[place], fontsize=9, parse_math=False)
+            axis.set_title(titles[place], fontsize=min(9.0, 2.8 * size), parse_math=False)
         _label(axis.xaxis, key_tokens, size, rotation=90)
         _label(axis.yaxis, tokens, size)
     shown = list(axes[:count])
