@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from jattn import catalog
+from jattn import catalog, pretrained_commands
 from jattn.mechanisms.entry import KINDS, PATTERNS, Entry
 
 _INTRODUCTION = """\
-The catalogue of jattn: what there is, what it means, and whether it keeps its promises.
+The catalogue of jattn: what there is, what it means, and whether it keeps its promises. And trained models.
 
 examples:
   jattn catalog                          every mechanism, one a line
@@ -27,6 +27,7 @@ examples:
   jattn check moba_attention --time      conformance of one mechanism, with seconds
   jattn check --jobs 2                   conformance of everything, on two processes
   jattn aot ssa --target h100,v5e        does it compile for devices that are not here?
+  jattn fetch --list                     trained weights, their size and licence
 """
 
 _PATTERNS = """\
@@ -118,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     ahead.add_argument("--length", metavar="T", type=_positive, default=4096, help="tokens (default: 4096)")
     ahead.add_argument("--forward", action="store_true", help="without the gradient")
     ahead.set_defaults(run=_aot)
+
+    pretrained_commands.add_commands(commands)
     return parser
 
 

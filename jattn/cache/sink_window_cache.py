@@ -90,7 +90,10 @@ class SinkWindowCache(CachePolicy):
             ValueError: `positions="cache"`, which changes what queries see beside hiding keys.
         """
         if self._renumbers:
-            return super().parallel_mask()
+            raise ValueError(
+                'SinkWindowCache(positions="cache") moves sinks along with the query, which no mask can say; with '
+                'positions="original" it is one'
+            )
         return masks.sliding_window(self.window, self.num_sinks)
 
     @property

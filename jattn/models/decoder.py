@@ -15,14 +15,14 @@ from jattn.models.blocks import ModelOutput, embedding, head
 from jattn.models.config import TransformerConfig
 from jattn.models.sites import Sites
 from jattn.models.stack import Stack
-from jattn.models.swap import Attention, factories
+from jattn.models.swap import Attention, factories, kept
 from jattn.softmax import masks
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeCache:
-    """The caches of all layers of a model, with their policies.
+    """The caches of all layers of a model, with their policies; pairs of both where there is cross attention.
 
     Example:
         >>> DecodeCache(layers=(), policies=()).layers
@@ -30,7 +30,7 @@ class DecodeCache:
     """
 
     layers: tuple[Any, ...]
-    policies: tuple[CachePolicy, ...] = dataclasses.field(metadata={"static": True})
+    policies: tuple[Any, ...] = dataclasses.field(metadata={"static": True})
 
 
 class DecoderLM(nnx.Module):
@@ -65,7 +65,7 @@ class DecoderLM(nnx.Module):
     ):
         made = factories(attention, attention_options, "causal self", config)
         self.config = config
-        self.attention = attention
+        self.attention = kept(attention)
         self.embed = embedding(config, rngs=rngs)
         self.stack = Stack(config, made, bidirectional=False, rngs=rngs)
         tied = config.tie_embeddings
@@ -125,8 +125,8 @@ class DecoderLM(nnx.Module):
             rngs: an `nnx.Rngs` or a key, for dropout.
 
         Returns:
-            ModelOutput(logits `[B, T, V]` or `[B, R, V]`, cache, aux); recorded sites are aux['sites'], losses aux['losses'], what
-            the hook observed aux['hook'].
+            ModelOutput(logits `[B, T, V]` or `[B, R, V]`, cache, aux); recorded sites are aux['sites'], losses
+            aux['losses'], what the hook observed aux['hook'].
 
         Raises:
             ValueError: bad shapes, an unknown site, or a call that the mechanism cannot serve.

@@ -13,7 +13,7 @@ from jattn.models.config import TransformerConfig
 from jattn.models.decoder import checked_tokens
 from jattn.models.sites import Sites
 from jattn.models.stack import Stack
-from jattn.models.swap import Attention, factories
+from jattn.models.swap import Attention, factories, kept
 
 
 class Encoder(nnx.Module):
@@ -48,7 +48,7 @@ class Encoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         made = factories(attention, attention_options, "noncausal self", config)
-        self.config, self.attention, self.num_classes = config, attention, num_classes
+        self.config, self.attention, self.num_classes = config, kept(attention), num_classes
         self.embed = embedding(config, rngs=rngs)
         self.stack = Stack(config, made, bidirectional=True, rngs=rngs)
         if num_classes is not None:

@@ -97,7 +97,7 @@ class EncoderDecoder(nnx.Module):
         """Encode a source.
 
         Args:
-            source: what `front` takes; without one, vectors `[B, S, M]` or integers `[B, S]`.
+            source: an array that `front` takes; without one, vectors `[B, S, M]` or integers `[B, S]`.
             segment_ids: `[B, S]`; negative = padding.
             hook: a `jattn.probes.AttnHook` for every attention, its arrays with a leading layer axis.
             record: sites to record.
@@ -112,11 +112,11 @@ class EncoderDecoder(nnx.Module):
             ValueError: bad shapes, an unknown site, or a call that the mechanism cannot serve.
         """
         sites = Sites(tuple(record), replace or {}, self.encoder_config.num_layers)
+        x = jnp.asarray(source)
         if self.front is not None:
-            x = self.front(source)
-        else:
-            x = jnp.asarray(source)
-            x = self.embed(checked_tokens(x)) if jnp.issubdtype(x.dtype, jnp.integer) else x
+            x = self.front(x)
+        elif jnp.issubdtype(x.dtype, jnp.integer):
+            x = self.embed(checked_tokens(x))
         x = self.encoder.enter(x, None)
         call = {"sites": sites, "hook": hook, "deterministic": deterministic, "rngs": rngs}
         x, _, aux = self.encoder(x, **call, segment_ids=segment_ids)

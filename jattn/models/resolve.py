@@ -160,14 +160,15 @@ def masked_attention(
     Returns:
         `[B, T, N, Dv]`.
     """
+    both: Any = visible
     if isinstance(mask, Mask):
-        visible = visible & mask
+        both = visible & mask
     elif mask is not None:
         shape = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
         places = {"query_positions": query_positions, "key_positions": key_positions}
-        visible = visible.to_dense(*shape, **places) & mask
+        both = visible.to_dense(*shape, **places) & mask
     return dot_product_attention(
-        query, key, value, mask=visible, query_positions=query_positions, key_positions=key_positions, **arguments
+        query, key, value, mask=both, query_positions=query_positions, key_positions=key_positions, **arguments
     )
 
 

@@ -20,9 +20,9 @@ from jattn.models.generate import filter_logits, prefill, sample
 class Stream:
     """One row of tokens that a decoder reads and continues, step by step.
 
-    token_t ~ softmax(filter(logits_t / temperature)), as in `generate`, whose result it gives for the same numbers. What
-    has been read stays in the cache, so that a conversation costs its new tokens only. Two programs are compiled: one
-    that reads `chunk` tokens, one that takes one step.
+    token_t ~ softmax(filter(logits_t / temperature)), as in `generate`. What has been read stays in the cache, so that
+    a conversation costs its new tokens only. Two programs are compiled: one that reads `chunk` tokens, one that takes
+    one step.
 
     Args:
         model: a decoder.
@@ -70,7 +70,7 @@ class Stream:
         self._model = nnx.split(model)
         self._cache = model.init_cache(self._policy, 1)
         self._rng = jax.random.key(0) if rng is None else rng
-        self._choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self._choice: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         self._logits: Any = None
         self.position = 0
         """Tokens that stand in the cache, or have been there."""

@@ -40,9 +40,23 @@ class Swap:
     layers: Sequence[int] | None = None
     heads: Sequence[int] | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def __hash__(self) -> int:
+        # A model that holds swaps must be hashable, as the static part of a compiled program; their options are not.
+        return hash((self.name, repr(sorted(self.options.items())), self.layers, self.heads))
+
 
 Attention = str | Swap | Sequence[Swap]
 """What models take: a name for all layers, or swaps over softmax attention, of which later ones win."""
+
+
+def kept(attention: Attention) -> str | Swap | tuple[Swap, ...]:
+    """What a model keeps of its argument, in hashable form."""
+    return attention if isinstance(attention, str | Swap) else tuple(attention)
 
 
 def factories(

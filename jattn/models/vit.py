@@ -102,6 +102,7 @@ class ViT(nnx.Module):
         patch = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         if image[0] % patch[0] or image[1] % patch[1]:
             raise ValueError(f"patch_size must divide image_size, got {patch} and {image}")
+        self.attention = attention
         self.image_shape = (*image, num_channels)
         self.patch_size = patch
         self.grid = (image[0] // patch[0], image[1] // patch[1])

@@ -219,7 +219,7 @@ class AgentAttention(MultiHeadAttention):
         **arguments: Any,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Per-head outputs `[B, tokens, N, Dv]`; see `MultiHeadAttention.attend`."""
-        for name in ("mask", "is_causal", "segment_ids", "bias"):
+        for name in ("mask", "is_causal", "segment_ids", "bias", "hook"):
             if arguments.get(name) is not None and arguments[name] is not False:
                 raise ValueError(f"AgentAttention takes no {name}: its agents are averages over the whole image")
         (h, w), first = self.grid, int(self.class_token)

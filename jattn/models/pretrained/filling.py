@@ -12,7 +12,7 @@ from flax import nnx
 
 
 def fill(
-    build: Callable[[], nnx.Module],
+    build: Callable[[Any], nnx.Module],
     weights: MutableMapping[str, np.ndarray],
     *,
     new: Callable[[str], bool] | None = None,
@@ -74,8 +74,11 @@ def fill(
     return nnx.merge(graphdef, nnx.from_flat_state(filled))
 
 
-class _OneKey:
-    """Stands for an `nnx.Rngs` where only shapes matter: its counters would be traced, which takes seconds."""
+class _OneKey(nnx.Rngs):
+    """An `nnx.Rngs` for where only shapes matter: its counters would be traced, which takes seconds."""
+
+    def __init__(self) -> None:
+        pass
 
     def __getattr__(self, stream: str) -> Callable[[], jax.Array]:
         return lambda: jax.random.key(0)

