@@ -5,7 +5,7 @@
     python -m experiments.probe --model=whisper_tiny_en --file=speech.wav --output=results/speech
 
 The model reads a text (a sound, a picture) once, and everything that its attention did is kept. For every head the page
-shows how much it attends to one key that serves as a sink, how widely it spreads (entropy in nats), and, for decoders,
+shows how much it attends to one key that serves as a sink, how widely it spreads (entropy in nats), and, for SmolLM2,
 whether it copies what followed the same token before (induction score, on 25 random tokens that stand there twice);
 then the attention maps of the most telling heads and of all heads, layer by layer, and a table that sorts by a click.
 
@@ -25,18 +25,13 @@ import numpy as np
 from absl import app, flags, logging
 
 from experiments import probe_page, records
-from experiments.probe_models import ADAPTERS, PERIOD, Adapter, View
+from experiments.probe_models import ADAPTERS, PERIOD, View
 from experiments.train import versions
-from jattn.models.pretrained.packages import CorruptFile, NotFetched
+from jattn.models import pretrained
 from jattn.probes import induction_rows
 from jattn.probes.summary import heads_summary, top_heads
 
 SCHEMA = "jattn.probe/1"
-
-
-def names() -> list[str]:
-    """The models that this version of jattn can load."""
-    return [name for name, adapter in ADAPTERS.items() if adapter.loadable]
 
 
 def numbers_of(view: View) -> dict[str, Any]:
@@ -80,14 +75,11 @@ def _named(heads: list[tuple[int, int, float]]) -> list[dict[str, Any]]:
     return [{"layer": layer, "head": head, "value": value} for layer, head, value in heads]
 
 
-def run(
-    name: str, adapter: Adapter, given: str, folder: pathlib.Path, command: str, say: Callable[[str], None]
-) -> dict[str, Any]:
+def run(name: str, given: str, folder: pathlib.Path, command: str, say: Callable[[str], None]) -> dict[str, Any]:
     """Probe a model and write everything.
 
     Args:
         name: of the model, and of the files.
-        adapter: how it is probed.
         given: the text, or the path of a file.
         folder: where everything goes.
         command: how this run was started.
@@ -98,12 +90,14 @@ def run(
 
     Raises:
         NotFetched: the model is not on this machine.
-        ValueError: what is given does not suit the model.
+        ImportError: a library that reads its file is missing.
+        ValueError: its file is damaged, or what is given does not suit it.
     """
     say(f"loading {name}")
-    module, model = adapter.load()
+    model = pretrained.load(name)
     say("running it")
-    probed = adapter.probe(module, model, given)
+    adapter = ADAPTERS[name]
+    probed = adapter.probe(model, given)
     results: Mapping[str, Any] = {
         "schema": SCHEMA,
         "command": command,
@@ -139,9 +133,9 @@ def told(results: Mapping[str, Any]) -> str:
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define the flags of this script; a function, so that several scripts can be imported into one process."""
-    texts = ", ".join(name for name in names() if ADAPTERS[name].given == "text")
-    files = ", ".join(name for name in names() if ADAPTERS[name].given == "file")
-    flags.DEFINE_enum("model", "smollm2", names(), "which model", flag_values=values)
+    texts = ", ".join(name for name, adapter in ADAPTERS.items() if adapter.given == "text")
+    files = ", ".join(name for name, adapter in ADAPTERS.items() if adapter.given == "file")
+    flags.DEFINE_enum("model", "smollm2", list(ADAPTERS), "which model", flag_values=values)
     flags.DEFINE_string("text", None, f"what it reads (for {texts}); an example if not given", flag_values=values)
     flags.DEFINE_string(
         "file", None, f"a WAV file or a picture (for {files}); an example if not given", flag_values=values
@@ -160,10 +154,8 @@ def main(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> None:
     given = getattr(values, adapter.given)
     try:
         given = adapter.example() if given is None else given
-        results = run(
-            values.model, adapter, given, folder, command, lambda text: print(text, file=sys.stderr, flush=True)
-        )
-    except (NotFetched, CorruptFile, FileNotFoundError, ValueError) as error:
+        results = run(values.model, given, folder, command, lambda text: print(text, file=sys.stderr, flush=True))
+    except (FileNotFoundError, ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"{told(results)}\nsee {folder / values.model}.html")

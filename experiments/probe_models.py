@@ -4,18 +4,15 @@ A model has one or more views, a kind of attention each: SmolLM2 has one, Whispe
 """
 
 import dataclasses
-import importlib
-import importlib.util
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.models.pretrained import packages
+from jattn.models.pretrained import packages, rxnmapper, vit
 from jattn.models.pretrained.log_mel import HOP, RATE, log_mel, read_sound, windows
 from jattn.probes import AttnHook, capture, for_layers, induction_rows
 from jattn.probes.summary import weights_by_rows
@@ -80,34 +77,22 @@ class Probed:
 
 @dataclasses.dataclass(frozen=True)
 class Adapter:
-    """How one model is probed.
+    """How one model of `jattn.models.pretrained` is probed.
 
     Args:
         title: of the page.
-        module: below `jattn.models.pretrained`, where its `load` is.
         given: what the model takes: "text" or "file".
         example: what it is given if nothing is said; the path of an example file depends on the machine.
-        probe: (module, loaded model, text or path) -> Probed.
+        probe: (loaded model, text or path) -> Probed.
     """
 
     title: str
-    module: str
     given: str
     example: Callable[[], str]
-    probe: Callable[[ModuleType, Any, str], Probed]
-
-    @property
-    def loadable(self) -> bool:
-        """Whether this version of jattn has the model's loader."""
-        return importlib.util.find_spec(f"jattn.models.pretrained.{self.module}") is not None
-
-    def load(self) -> tuple[ModuleType, Any]:
-        """The module and the loaded model."""
-        module = importlib.import_module(f"jattn.models.pretrained.{self.module}")
-        return module, module.load()
+    probe: Callable[[Any, str], Probed]
 
 
-def smollm2(module: ModuleType, loaded: Any, text: str) -> Probed:
+def probe_smollm2(loaded: Any, text: str) -> Probed:
     """Text, and 25 random tokens twice, which show who repeats."""
     tokens = loaded.encode(text)[:LONGEST]
     _at_least(len(tokens), 10, "tokens")
@@ -145,25 +130,25 @@ def _surprise(logits: Any, tokens: Any) -> Any:
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def minilm(module: ModuleType, loaded: Any, text: str) -> Probed:
+def probe_minilm(loaded: Any, text: str) -> Probed:
     """A text between [CLS] and [SEP]."""
     tokens, _ = loaded.encode([text])
     labels = [loaded.tokenizer.id_to_token(int(token)) for token in tokens[0]]
     return Probed({"text": text}, [_encoder_view(loaded.model, tokens, labels)])
 
 
-def rxnmapper(module: ModuleType, loaded: Any, text: str) -> Probed:
+def probe_rxnmapper(loaded: Any, text: str) -> Probed:
     """A reaction, whose atoms one head maps."""
     tokens, _ = loaded.encode(text)
     names = {number: token for token, number in loaded.vocabulary.items()}
     labels = [names[int(token)] for token in tokens]
     found = loaded.map_atoms(text)
     facts = {"reaction": text, "mapped by attention": found.reaction, "confidence": f"{found.confidence:.3f}"}
-    heads = {"maps atoms": [(module.LAYER, module.HEAD)]}
+    heads = {"maps atoms": [(rxnmapper.LAYER, rxnmapper.HEAD)]}
     return Probed(facts, [_encoder_view(loaded.model, tokens[None], labels, named=heads)])
 
 
-def vit_s14(module: ModuleType, loaded: Any, path: str) -> Probed:
+def probe_vit_s14(loaded: Any, path: str) -> Probed:
     """A photo, cut to the square in its middle."""
     from PIL import Image, ImageOps
 
@@ -175,11 +160,11 @@ def vit_s14(module: ModuleType, loaded: Any, path: str) -> Probed:
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
     rows, columns = loaded.model.grid
     labels = ["class", *(f"{row},{column}" for row in range(rows) for column in range(columns))]
-    view = _encoder_view(loaded.model, module.normalized(pixels[None]), labels, grid=(rows, columns), listed=False)
+    view = _encoder_view(loaded.model, vit.normalized(pixels[None]), labels, grid=(rows, columns), listed=False)
     return Probed({"picture": pathlib.Path(path).name}, [view])
 
 
-def whisper_tiny_en(module: ModuleType, loaded: Any, path: str) -> Probed:
+def probe_whisper_tiny_en(loaded: Any, path: str) -> Probed:
     """Speech, and the text that the model heard in it."""
     _, sound = windows(read_sound(path))[0]
     tokens = loaded.tokens(sound)
@@ -188,7 +173,7 @@ def whisper_tiny_en(module: ModuleType, loaded: Any, path: str) -> Probed:
     frame = 2 * HOP / RATE
     heard = max(1, round(len(sound) / RATE / frame))
     model, row = loaded.model, np.asarray([[*loaded.prompt, *tokens]], np.int32)
-    mel = log_mel(sound)[None]
+    mel = jnp.asarray(log_mel(sound)[None])
 
     memory, encoded = model.encode(mel, hook=_weights(model.encoder_config, np.arange(heard)), record=("resid",))
     hook = _weights(model.config)
@@ -279,10 +264,10 @@ TOWER = (
 )
 REACTION = "CC(C)S.CN(C)C=O.Fc1cccnc1F.O=C([O-])[O-].[K+].[K+]>>CC(C)Sc1ncccc1F"
 ADAPTERS = {
-    "smollm2": Adapter("SmolLM2-135M", "smollm2", "text", lambda: TOWER, smollm2),
-    "whisper_tiny_en": Adapter("Whisper tiny.en", "whisper", "file", _clip, whisper_tiny_en),
-    "minilm": Adapter("MiniLM-L6", "minilm", "text", lambda: "A man is eating a piece of bread.", minilm),
-    "rxnmapper": Adapter("rxnmapper", "rxnmapper", "text", lambda: REACTION, rxnmapper),
-    "vit_s14": Adapter("a trained ViT-S/14", "vit", "file", _photo, vit_s14),
+    "smollm2": Adapter("SmolLM2-135M", "text", lambda: TOWER, probe_smollm2),
+    "whisper_tiny_en": Adapter("Whisper tiny.en", "file", _clip, probe_whisper_tiny_en),
+    "minilm": Adapter("MiniLM-L6", "text", lambda: "A man is eating a piece of bread.", probe_minilm),
+    "rxnmapper": Adapter("rxnmapper", "text", lambda: REACTION, probe_rxnmapper),
+    "vit_s14": Adapter("a trained ViT-S/14", "file", _photo, probe_vit_s14),
 }
 """The models by name."""

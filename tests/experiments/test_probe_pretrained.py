@@ -5,7 +5,7 @@ import pytest
 
 from experiments import probe
 from experiments.probe_models import ADAPTERS
-from jattn.models.pretrained.packages import NotFetched
+from jattn.models import pretrained
 
 pytestmark = pytest.mark.pretrained
 VIEWS = {
@@ -22,12 +22,9 @@ MINILM_SINKS = [0.27, 0.56, 0.62, 0.68, 0.69, 0.38]
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_trained_model(name):
     adapter = ADAPTERS[name]
-    if not adapter.loadable:
-        pytest.skip(f"there is no loader jattn.models.pretrained.{adapter.module}")
     try:
-        module, loaded = adapter.load()
-        probed = adapter.probe(module, loaded, adapter.example())
-    except NotFetched as missing:
+        probed = adapter.probe(pretrained.load(name), adapter.example())
+    except pretrained.NotFetched as missing:
         pytest.skip(str(missing))
     numbers = {view.name: probe.numbers_of(view) for view in probed.views}
     assert {view: (found["layers"], found["heads"]) for view, found in numbers.items()} == VIEWS[name]

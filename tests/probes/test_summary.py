@@ -100,14 +100,17 @@ def decoder():
 
 
 def test_weights_by_rows_are_the_weights(decoder):
-    tokens = np.random.default_rng(0).integers(0, 11, (2, LENGTH))
+    tokens = np.random.default_rng(0).integers(0, 11, (2, 4))
     whole = capture(decoder, tokens, sites=())["weights"]
-    row = whole.nbytes // LENGTH
-    for max_bytes in (1, 5 * row, 100 * row):
-        found = weights_by_rows(decoder, tokens, LENGTH, max_bytes=max_bytes)
+    row = whole.nbytes // 4
+    for max_bytes in (1, 3 * row, 100 * row):
+        found = weights_by_rows(decoder, tokens, 4, max_bytes=max_bytes)
         np.testing.assert_allclose(found, whole, rtol=1e-6, atol=1e-7)
-    with pytest.raises(ValueError, match="length is 11, the model's attention sees 12 tokens"):
-        weights_by_rows(decoder, tokens, 11)
+    half = weights_by_rows(decoder, tokens, 4, dtype=np.float16)
+    assert half.dtype == np.float16
+    np.testing.assert_allclose(half, whole, rtol=1e-3)
+    with pytest.raises(ValueError, match="length is 3, the model's attention sees 4 tokens"):
+        weights_by_rows(decoder, tokens, 3)
 
 
 def test_summary_of_what_a_model_shows_under_jit(decoder):
