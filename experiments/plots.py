@@ -23,10 +23,10 @@ def pyplot() -> Any:
     return module
 
 
-def save(figure: Any, path: pathlib.Path) -> None:
+def save(figure: Any, path: pathlib.Path, dpi: int = 110) -> None:
     """Write a figure whole as PNG, and let go of it."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png", dpi=dpi)
     pyplot().close(figure)
     write_bytes(path, buffer.getvalue())
 

@@ -117,30 +117,6 @@ def table(heads: Sequence[str], rows: Sequence[str]) -> str:
     return f"<table><thead><tr>{named}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"
 
 
-def images(pictures: Mapping[str, pathlib.Path]) -> str:
-    """PNG files by title, put into the page."""
-    return "\n".join(
-        f'<h2>{html.escape(title)}</h2>\n<img alt="{html.escape(title)}" src="data:image/png;base64,'
-        f'{base64.b64encode(file.read_bytes()).decode()}">'
-        for title, file in pictures.items()
-    )
-
-
-def page(title: str, headline: str, results: Mapping[str, Any], circumstances: str, body: str) -> bytes:
-    """A whole page around its body; it says how and with what it was made."""
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{html.escape(headline)}</h1>
-<p><code>{html.escape(results["command"])}</code></p>
-<p class="note">{html.escape(results["device"])}; {html.escape(versions)}; {html.escape(circumstances)}. Click on a \
-column to sort.</p>
-{body}
-<script>{SCRIPT}</script>
-</body></html>
-""".encode()
-
-
 def _row(cell: Mapping[str, Any]) -> str:
     quality, step = cell["quality"] or {}, cell["step_time_s"] or {}
     temporary, decode = cell["temp_bytes"] or {}, cell["decode_state"] or {}
@@ -175,6 +151,45 @@ def _table(task: str, cells: Sequence[Mapping[str, Any]], budget: Mapping[str, A
     rows = [_row(cell) for cell in ranked(cells)]
     heading = f"<h2>{html.escape(title)}</h2>\n<p class='note'>{html.escape(shown)}</p>\n"
     return heading + table(COLUMNS, rows)
+
+
+def image(title: str, file: pathlib.Path) -> str:
+    """A picture inside the page, from a PNG file."""
+    content = base64.b64encode(file.read_bytes()).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{content}">'
+
+
+def document(title: str, body: str, style: str = "") -> bytes:
+    """A page that needs no other file; its tables sort themselves by the column that is clicked on.
+
+    Args:
+        title: of the window.
+        body: HTML.
+        style: CSS that is added.
+    """
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
+<style>{STYLE}{style}</style></head><body>
+{body}
+<script>{SCRIPT}</script>
+</body></html>
+""".encode()
+
+
+def images(pictures: Mapping[str, pathlib.Path]) -> str:
+    """PNG files by title, put into the page."""
+    return "\n".join(f"<h2>{html.escape(title)}</h2>\n{image(title, file)}" for title, file in pictures.items())
+
+
+def page(title: str, headline: str, results: Mapping[str, Any], circumstances: str, body: str) -> bytes:
+    """A page about results; it says above its body how and with what they were made."""
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    told = "; ".join(map(html.escape, (results["device"], versions, circumstances)))
+    above = f"""<h1>{html.escape(headline)}</h1>
+<p><code>{html.escape(results["command"])}</code></p>
+<p class="note">{told}. Click on a column to sort.</p>
+"""
+    return document(title, above + body)
 
 
 def write_report(path: pathlib.Path, results: Mapping[str, Any], pictures: Mapping[str, pathlib.Path]) -> None:
