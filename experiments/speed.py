@@ -6,8 +6,8 @@
 
 SmolLM2 is loaded, reads `--length` tokens in one compiled pass with all their logits, and generates `--steps` tokens
 one by one through a cache; Whisper transcribes a file (a LibriVox clip if none is given), once with compilation and
-once without. Figures are medians; compilation is apart. Peak memory is that of the whole process, the interpreter and JAX
-included, which is why each model wants a process of its own.
+once without. Figures are medians; compilation is apart. Peak memory is that of the whole process, the interpreter and
+JAX included, which is why each model wants a process of its own.
 
 `jattn fetch smollm2 whisper_tiny_en librivox` comes first.
 """

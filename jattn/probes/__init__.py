@@ -7,7 +7,9 @@ from jattn.probes.composing import compose
 from jattn.probes.hook import INPUTS, OBSERVABLE, AttnHook, Reweight, per_query_head, redistribute, renormalize
 from jattn.probes.induction_score import induction_rows, induction_score
 from jattn.probes.kept_mass import kept_mass, kept_mass_of_lse
+from jattn.probes.plots import plot_attention, plot_heads, plot_layers
 from jattn.probes.sink_rate import column_counts, sink_rate
+from jattn.probes.summary import heads_summary, residual_norms, sink_mass, top_heads, weights_by_rows
 
 __all__ = [
     "INPUTS",
@@ -20,12 +22,20 @@ __all__ = [
     "column_counts",
     "compose",
     "for_layers",
+    "heads_summary",
     "induction_rows",
     "induction_score",
     "kept_mass",
     "kept_mass_of_lse",
     "per_query_head",
+    "plot_attention",
+    "plot_heads",
+    "plot_layers",
     "redistribute",
     "renormalize",
+    "residual_norms",
+    "sink_mass",
     "sink_rate",
+    "top_heads",
+    "weights_by_rows",
 ]
