@@ -14,7 +14,6 @@ from flax import nnx
 from jattn import masks, tasks
 from jattn.models import DecoderLM, TransformerConfig
 from jattn.models.pretrained import packages
-from jattn.models.pretrained.packages import NotFetched
 
 module = importlib.import_module("jattn.tasks.real_qkv")
 
@@ -140,7 +139,7 @@ def test_what_cannot_be_had_is_refused(tiny, tmp_path, change, message):
 
 def test_a_model_that_was_not_fetched_says_how(monkeypatch, tmp_path):
     monkeypatch.setenv("JATTN_DATA", str(tmp_path))
-    with pytest.raises(NotFetched, match="jattn fetch smollm2"):
+    with pytest.raises(packages.NotFetched, match="jattn fetch smollm2"):
         tasks.real_qkv([0])
 
 
@@ -152,8 +151,10 @@ def test_importing_tasks_imports_no_model():
 
 @pytest.mark.pretrained
 def test_of_the_trained_model(tmp_path):
-    if packages.state("smollm2") != "fetched":
-        pytest.skip("smollm2 is not fetched; run: jattn fetch smollm2")
+    try:
+        packages.path("smollm2", "weights")
+    except packages.NotFetched as missing:
+        pytest.skip(str(missing))
     found = tasks.real_qkv([18], length=64, dtype=np.float16, folder=tmp_path)
     assert found.queries.shape == (1, 64, 9, 64)
     assert found.keys.shape == found.values.shape == (1, 64, 3, 64)
