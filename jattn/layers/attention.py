@@ -206,8 +206,7 @@ class MultiHeadAttention(nnx.Module):
             deterministic: no dropout.
             rngs: an `nnx.Rngs` with a dropout stream, or a key.
             **arguments: of the attention function: mask (an array or a Mask), is_causal, segment_ids, query_positions,
-                key_positions, bias, score_mod, scale; None or False where the call has none. A hook, where there is
-                one, comes among them.
+                key_positions, bias, score_mod, scale, and a hook; None or False where the call has none.
 
         Returns:
             `[B, T, N, Dv]`, and losses and statistics by name.
