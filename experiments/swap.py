@@ -73,13 +73,16 @@ def line(outcome: Mapping[str, Any]) -> str:
     """
     if outcome["status"] != "ok":
         return f"{outcome['mechanism']}: {outcome['status']} ({outcome['reason']})"
-    value = float("inf") if outcome["perplexity"] is None else outcome["perplexity"]
-    text = f"{outcome['mechanism']}: perplexity {value:.3f}"
+
+    def shown(value: float | None) -> str:
+        return "not finite" if value is None else f"{value:.3f}"
+
+    text = f"{outcome['mechanism']}: perplexity {shown(outcome['perplexity'])}"
     if outcome["tuned"] is not None:
-        text += f" -> {outcome['tuned']['perplexity']:.3f} in {outcome['tuned']['steps']} steps"
+        text += f" -> {shown(outcome['tuned']['perplexity'])} in {outcome['tuned']['steps']} steps"
     if outcome["kept_mass"] is not None:
         text += f", kept mass {outcome['kept_mass']:.3f}"
-    return f"{text}, {outcome['forward_s']['median']:.2f} s a pass"
+    return f"{text}, {outcome['forward_ratio']:.2f} times the time of full attention"
 
 
 def summarize(outcomes: Sequence[Mapping[str, Any]], cells: Sequence[Cell], bench: Bench, command: str) -> dict:

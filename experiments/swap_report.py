@@ -12,12 +12,13 @@ COLUMNS = (
     "mechanism",
     "status",
     "perplexity",
-    "× full",
+    "× full (perplexity)",
     "after tuning",
     "kept mass",
     "visited share",
     "forward (s)",
     "iqr (s)",
+    "× full (time)",
     "compile (s)",
     "temporary (MiB)",
     "new parameters",
@@ -31,17 +32,18 @@ WIDTH, HEIGHT = 10.0, 5.2
 NOTES = """
 <ul class="note">
 <li>Perplexity: exp of the mean negative log-likelihood of all tokens but the first, in one pass over the text; the
-weights are those of full attention, and parameters that a mechanism brings along are new. × full: over the perplexity
-of the unswapped model.</li>
+weights are those of full attention, and parameters that a mechanism brings along are new. × full (perplexity): over
+that of the unswapped model.</li>
 <li>Kept mass: the share of full attention's weights that lies on pairs which the mechanism keeps, where every layer is
 given what it gets in the unswapped model; the mean over swapped layers and heads and over the rows of the second half
 of the text. The remark says how it was read. A dash where every pair is kept (a mechanism may still weigh them in
 another way), or where weights cannot be read.</li>
 <li>Visited share: pairs that masks and layouts leave, over all T x T; causal attention leaves (T + 1) / 2T. It is not
 the work of the implementation. A dash where the mechanism is not one softmax under a mask.</li>
-<li>Forward: median and interquartile range of a compiled pass from tokens to logits, batch 1. Temporary memory is that
-of the program, without parameters and logits. Compile time without a cache. Cells run one after the other, so times
-also hold what else the machine did.</li>
+<li>Forward: median and interquartile range of a compiled pass from tokens to logits, batch 1. Cells run one after the
+other, so these times also hold what else the machine did; × full (time) is the median of round-by-round ratios to the
+unswapped model, which runs in turn with each. Temporary memory is that of the program, without parameters and logits.
+Compile time without a cache.</li>
 <li>After tuning: the swapped attention layers were distilled towards the unswapped model on other text for the number
 of steps that stands above; all else was frozen.</li>
 </ul>
@@ -71,6 +73,7 @@ def _row(cell: Mapping[str, Any]) -> str:
         report.number(cell["visited_share"], ".4f"),
         report.number(forward.get("median"), ".2f"),
         report.number(forward.get("iqr"), ".2f"),
+        report.number(cell["forward_ratio"], ".2f"),
         report.number(cell["compile_s"], ".1f"),
         report.number(temporary, ",.1f"),
         report.number(cell["new_params"], ",d"),
@@ -100,7 +103,7 @@ def _scatter(cells: Sequence[Mapping[str, Any]], key: str, label: str, path: pat
     figure, axes = plots.panels([label], HEIGHT)
     figure.set_figwidth(WIDTH)
     for cell in cells:
-        place = cell["forward_s"]["median"] if key == "forward_s" else cell[key]
+        place = cell[key]
         if place is None:
             continue
         look = {"linestyle": "none", "markersize": 7, **looks[cell["mechanism"]]}
@@ -150,5 +153,5 @@ def draw(cells: Sequence[Mapping[str, Any]], folder: pathlib.Path) -> dict[str, 
         by_layer(measured, folder / "layers.png")
     if measured:
         found["Perplexity against time"] = folder / "time.png"
-        _scatter(measured, "forward_s", "forward pass (s)", folder / "time.png")
+        _scatter(measured, "forward_ratio", "time of a forward pass over full attention's", folder / "time.png")
     return found

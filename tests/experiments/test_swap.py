@@ -95,6 +95,8 @@ def test_the_plain_model_is_the_measure(bench):
     assert found["new_params"] == 0
     assert found["temp_bytes"] > 0
     assert found["compile_s"] > 0
+    assert found["forward_s"]["median"] > 0
+    assert found["forward_ratio"] > 0
     assert found["kept_mass"] is None
     assert "every pair" in found["kept_how"]
     assert found["visited_share"] == pytest.approx((LENGTH + 1) / (2 * LENGTH))
