@@ -6,6 +6,7 @@ positions that stand beside the slots, never from their order.
 
 from jattn.cache.full_cache import FullCache
 from jattn.cache.protocol import CachePolicy, KVCache, nbytes, reorder, slots_for_heads, token_positions
+from jattn.cache.recurrent import RecurrentState
 from jattn.cache.sink_window_cache import SinkWindowCache
 from jattn.cache.window_cache import WindowCache
 
@@ -13,6 +14,7 @@ __all__ = [
     "CachePolicy",
     "FullCache",
     "KVCache",
+    "RecurrentState",
     "SinkWindowCache",
     "WindowCache",
     "nbytes",

@@ -6,6 +6,7 @@ A row of the batch takes K F Dv + K F numbers, however many tokens it has seen.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -83,3 +84,17 @@ class RecurrentState:
         raise ValueError(
             f"truncate to {length} tokens: a recurrent state cannot forget single tokens; keep the state of that moment"
         )
+
+
+def state_before(last_state: Callable[[jax.Array], RecurrentState], batch: int) -> RecurrentState:
+    """The state before any token, found by reading one token of padding, which leaves it as it is.
+
+    Args:
+        last_state: segment ids `[B, 1]` -> the state after them.
+        batch: B.
+
+    Returns:
+        The state, with `next` 0.
+    """
+    found = last_state(jnp.full((batch, 1), -1, jnp.int32))
+    return RecurrentState(found.state, found.aux, found.conv, jnp.zeros((batch,), jnp.int32))

@@ -8,6 +8,7 @@ keep the rest.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import ArrayLike
 
-from jattn.cache import CachePolicy, KVCache, slots_for_heads, token_positions
+from jattn.cache import CachePolicy, KVCache, RecurrentState
+from jattn.layers.cached import CachedAttention
 from jattn.layers.norms import QkNorm
 from jattn.layers.sharding import axes
 from jattn.probes import AttnHook, attention
@@ -42,7 +44,7 @@ class LayerOutput(NamedTuple):
     """Losses (names that end with `_loss`, times their coefficients) and statistics of this call."""
 
 
-class MultiHeadAttention(nnx.Module):
+class MultiHeadAttention(CachedAttention):
     """Multi-head attention with any attention function of (query, key, value) form.
 
     y = concat_n(attention_fn(R(norm(x W_q)), R(norm(c W_k)), c W_v)_n) W_o, c = context or x; query head n reads kv
@@ -220,18 +222,14 @@ class MultiHeadAttention(nnx.Module):
             arguments["dropout_key"] = rngs if isinstance(rngs, jax.Array) else rngs.dropout()
         hook = arguments.pop("hook", None)
         if hook is None:
-            return call_attention(self.attention_fn, query, key, value, arguments), {}
+            o = call_attention(self.attention_fn, query, key, value, arguments)
+            return (o[0], {"state": o[1]}) if arguments.get("return_final_state") else (o, {})
         o, seen = attention(query, key, value, hook=hook, attention_fn=self.attention_fn, **arguments)
         return o, {"hook": seen} if seen else {}
 
     def output(self, o: jax.Array) -> jax.Array:
         """Mix the heads: `[B, T, N, Dv]` -> `[B, T, features]`."""
         return self.out(o)
-
-    def init_cache(self, policy: CachePolicy, batch: int, dtype: Any = None) -> KVCache:
-        """An empty cache for this layer; its dtype is that of the keys unless given."""
-        dtype = self.dtype or self.key.kernel.get_value().dtype if dtype is None else dtype
-        return policy.init(batch, self.num_kv_heads, self.head_dim, self.value_dim, dtype)
 
     def __call__(
         self,
@@ -241,7 +239,7 @@ class MultiHeadAttention(nnx.Module):
         mask: Any = None,
         positions: Any = None,
         segment_ids: Any = None,
-        cache: tuple[CachePolicy, KVCache] | None = None,
+        cache: tuple[CachePolicy, KVCache | RecurrentState] | None = None,
         deterministic: bool = True,
         rngs: Any = None,
         tap: Callable[[str, Any], Any] | None = None,
@@ -256,9 +254,9 @@ class MultiHeadAttention(nnx.Module):
             positions: of x, `[T]` or `[B, T]`; 0 .. T-1 if not given. Masks and relative positions see them.
             segment_ids: `[B, T]`, or a pair for x and context; negative = padding. With a cache only the sign counts:
                 padding is not stored.
-            cache: (policy, KVCache). New tokens get the next positions, are stored, and see what the policy shows; the
-                mask is the policy's. A policy that is not causal holds a context: it is stored when `context` is given
-                and read alone when not.
+            cache: (policy, what `init_cache` made). New tokens get the next positions, are stored, and see what the
+                policy shows; the mask is the policy's. A policy that is not causal holds a context: it is stored when
+                `context` is given and read alone when not.
             deterministic: no dropout.
             rngs: an `nnx.Rngs` or a key, for dropout.
             tap: `tap("head_out", o) -> o` sees, and may replace, the per-head outputs before they are mixed.
@@ -284,11 +282,15 @@ class MultiHeadAttention(nnx.Module):
         else:
             if mask is not None and not _is_causal(mask):
                 raise ValueError("mask cannot be given together with a cache, whose policy says what is visible")
-            query, key, value, arguments, new_cache = self._cached(x, context, positions, segment_ids, *cache)
+            query, key, value, arguments, new_cache = self._arguments_of_cache(
+                x, context, positions, segment_ids, *cache
+            )
         if hook is not None:
             arguments["hook"] = hook
         o, aux = self.attend(query, key, value, inputs=x, deterministic=deterministic, rngs=rngs, **arguments)
-        if new_cache is not None and cache is not None:
+        if isinstance(new_cache, RecurrentState):
+            new_cache = dataclasses.replace(new_cache, state=aux.pop("state"))
+        elif new_cache is not None and cache is not None:
             new_cache = cache[0].evict(new_cache, None)
         if tap is not None:
             o = tap("head_out", o)
@@ -331,59 +333,6 @@ class MultiHeadAttention(nnx.Module):
             return query, key
         i, j = _both(arguments, query, key)
         return self.position.rotate(query, key, i, j)
-
-    def _cached(
-        self, x: jax.Array, context: jax.Array | None, positions: Any, segment_ids: Any, policy: Any, cache: KVCache
-    ) -> tuple[jax.Array, jax.Array, jax.Array, dict[str, Any], KVCache]:
-        query_ids, key_ids = segment_ids if isinstance(segment_ids, tuple | list) else (segment_ids, segment_ids)
-        if policy.causal:
-            if context is not None:
-                raise ValueError("context needs a cache policy that is not causal, such as FullCache(n, causal=False)")
-            if positions is not None:
-                raise ValueError("positions cannot be given together with a cache, which counts them itself")
-        query, key, value = self.project(x, x if context is None else context)
-        if policy.causal or context is not None:
-            valid = None if key_ids is None else jnp.asarray(key_ids) >= 0
-            places = jnp.maximum(token_positions(cache, key.shape[1], valid), 0)
-            cache, appended = policy.append(cache, self._rotated_keys(key, places), value, valid)
-        if policy.causal:
-            query_positions = appended
-        else:
-            base = jnp.arange(x.shape[1]) if positions is None else jnp.asarray(positions)
-            query_positions = jnp.broadcast_to(base, x.shape[:2])
-            if query_ids is not None:
-                query_positions = jnp.where(jnp.asarray(query_ids) >= 0, query_positions, -1)
-        scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        query, key, value = policy.read(cache, query, query_positions, self._rotated_queries)
-        arguments: dict[str, Any] = {
-            "mask": slots_for_heads(policy.mask(cache, query_positions), self.num_heads),
-            "scale": scale if self.scale is not None or query.shape[-1] != self.head_dim else None,
-        }
-        if cache.key_positions.shape[1] == 1:
-            for name, places in (("query_positions", query_positions), ("key_positions", cache.key_positions[:, 0])):
-                if accepts(self.attention_fn, name):
-                    arguments[name] = places
-            # The mask says it already; a function with patterns of its own must choose the causal one by itself.
-            if policy.causal and accepts(self.attention_fn, "is_causal"):
-                arguments["is_causal"] = True
-        if hasattr(self.position, "score_mod"):
-            i, j = policy.seen_positions(cache, query_positions)
-            if j.shape[1] == 1 and accepts(self.attention_fn, "score_mod"):
-                arguments["score_mod"] = self.position.score_mod(self.num_heads)
-                arguments["key_positions"] = j[:, 0]
-            else:
-                arguments["bias"] = self._dense_bias(i, j)
-        return query, key, value, arguments, cache
-
-    def _rotated_queries(self, query: jax.Array, positions: jax.Array) -> jax.Array:
-        if not hasattr(self.position, "rotate"):
-            return query
-        return self.position.rotate(query, query, positions, positions)[0]
-
-    def _rotated_keys(self, key: jax.Array, positions: jax.Array) -> jax.Array:
-        if not hasattr(self.position, "rotate"):
-            return key
-        return self.position.rotate(key, key, positions, positions)[1]
 
 
 def _is_causal(mask: Any) -> bool:

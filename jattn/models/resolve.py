@@ -56,8 +56,10 @@ def is_attention(entry: Entry) -> bool:
     """Whether an entry can stand in a model's attention: a layer, a function of (query, key, value), or a mask."""
     if entry.layer is not None:
         return {"features", "num_heads"} <= keywords(entry.layer)
-    names = list(inspect.signature(entry.target).parameters)
-    return entry.kind in MASKED or names[:3] == ["query", "key", "value"]
+    parameters = inspect.signature(entry.target).parameters
+    # One that needs gates besides gets them from a layer around it.
+    needed = [name for name, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+    return entry.kind in MASKED or needed == ["query", "key", "value"]
 
 
 def own_options(entry: Entry) -> frozenset[str]:

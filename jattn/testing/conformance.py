@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from jattn.mechanisms.entry import KINDS, Entry
-from jattn.testing import attention_checks, cost_checks, other_checks, transform_checks, value_checks
+from jattn.testing import attention_checks, cost_checks, other_checks, recurrence_checks, transform_checks, value_checks
 from jattn.testing.subject import attends
 from jattn.testing.workbench import Failed, NotApplicable, Workbench
 
@@ -96,7 +96,7 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     "task": other_checks.TASK,
     "cache": other_checks.CACHE,
 }
-"""The checks of the kinds; whatever attends faces `ATTENTION`, of whichever kind it is."""
+"""The checks of the kinds; whatever attends faces `ATTENTION`, of whichever kind it is, recurrences more."""
 
 
 def check_name(check: Check) -> str:
@@ -117,7 +117,9 @@ def checks_of(entry: Entry) -> tuple[Check, ...]:
         >>> [check_name(check) for check in checks_of(catalog.find("mqar"))]
         ['batches', 'loss']
     """
-    return ATTENTION if attends(entry) else CHECKS[entry.kind]
+    if not attends(entry):
+        return CHECKS[entry.kind]
+    return (*ATTENTION, *recurrence_checks.RECURRENCE) if entry.kind == "recurrence" else ATTENTION
 
 
 def run_checks(entry: Entry, only: Iterable[str] | None = None) -> Iterator[CheckResult]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from jattn.cache import FullCache
 from jattn.layers.attention import MultiHeadAttention
 from jattn.mechanisms.entry import Entry, LayerExample
 from jattn.mechanisms.examples import normals
-from jattn.testing import jaxprs, tolerance
+from jattn.testing import jaxprs, recurrence_checks, tolerance
 from jattn.testing.compiling import quick_jit
 from jattn.testing.subject import Arrays, build, cast, construct
 from jattn.testing.workbench import (
@@ -134,6 +135,13 @@ def check_decode(bench: Workbench) -> str:
         raise NotApplicable("it does not declare 'causal self'")
     if not entry.decode or entry.decode.lower().startswith("no"):
         raise NotApplicable(f"it declares decode={entry.decode!r}")
+    if entry.layer is None and len(required(entry.target)) > 3:
+        # Gates come with the tokens, so there is no layer to make of it: it is fed one token at a time itself.
+        arrays, whole = recurrence_checks.whole(bench)
+        with jax.enable_x64(True):
+            stepwise = quick_jit(recurrence_checks.in_parts(bench, tuple(range(1, LENGTH))))(arrays)
+        assert_same(stepwise, whole, "one token at a time against the whole sequence")
+        return entry.decode
     layer = entry if entry.layer is not None else as_layer(entry)
     call = build(layer, "causal self", LENGTH)
     tokens = next(iter(call.roles))
@@ -162,6 +170,17 @@ def _stepper(entry: Entry, batch: int) -> Any:
         return jnp.swapaxes(jax.lax.scan(step, cache, jnp.swapaxes(x, 0, 1))[1], 0, 1)
 
     return run
+
+
+def required(function: Any) -> list[str]:
+    """Names of the arguments that a function cannot be called without.
+
+    Example:
+        >>> required(lambda query, key, value, gate, *, scale=1: query)
+        ['query', 'key', 'value', 'gate']
+    """
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
 
 
 def as_layer(entry: Entry) -> Entry:
