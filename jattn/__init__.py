@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jattn.recurrence.api import linear_recurrence, linear_recurrence_step
 from jattn.softmax import compilers as layouts
 from jattn.softmax import masks, normalizers, score_mods
 from jattn.softmax.api import dot_product_attention, explain
@@ -28,6 +29,8 @@ __all__ = [
     "gather_attention",
     "get",
     "layouts",
+    "linear_recurrence",
+    "linear_recurrence_step",
     "masks",
     "merge_lse",
     "normalizers",

@@ -2,19 +2,25 @@
 
 from jattn.layers.adapters import as_flax_attention_fn
 from jattn.layers.attention import LayerOutput, MultiHeadAttention
-from jattn.layers.norms import QkNorm, make_norm
+from jattn.layers.norms import QkNorm, l2_normalize, make_norm
 from jattn.layers.positions import LearnedAbs, sinusoidal
+from jattn.layers.recurrent import RecurrentLayer
 from jattn.layers.rope import Rope, rope
 from jattn.layers.sharding import axes, named_shardings
+from jattn.layers.short_conv import ShortConv, causal_short_conv
 
 __all__ = [
     "LayerOutput",
     "LearnedAbs",
     "MultiHeadAttention",
     "QkNorm",
+    "RecurrentLayer",
     "Rope",
+    "ShortConv",
     "as_flax_attention_fn",
     "axes",
+    "causal_short_conv",
+    "l2_normalize",
     "make_norm",
     "named_shardings",
     "rope",

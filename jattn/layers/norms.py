@@ -8,11 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from jattn.layers.sharding import axes
 
 NORMS = ("rmsnorm", "layernorm")
+L2_RULES = {"max": 1e-12, "inside": 1e-6, "added": 1e-8}
+"""Where a small number stands that keeps a vector of zeros from being divided by zero, and which one by default."""
 QK_NORMS = ("l2", "layernorm", "rmsnorm", "rmsnorm_full")
 
 
@@ -66,6 +69,45 @@ def make_norm(
         bias_metadata=axes(name),
         rngs=rngs,
     )
+
+
+def l2_normalize(x: ArrayLike, *, epsilon: float | int | None = None, rule: str = "max") -> jax.Array:
+    """Vectors of length 1.
+
+    max:     x / max(|x|, eps)           eps = 1e-12 if not given
+    inside:  x / sqrt(|x|^2 + eps)       eps = 1e-6
+    added:   x / (|x| + eps)             eps = 1e-8
+
+    Args:
+        x: `[..., D]`.
+        epsilon: eps.
+        rule: where eps stands.
+
+    Returns:
+        `[..., D]` in the dtype of x, computed in float32 at least.
+
+    Raises:
+        ValueError: an unknown rule.
+
+    Example:
+        >>> l2_normalize(jnp.array([3.0, 4.0])).round(4).tolist()
+        [0.6, 0.8]
+
+    Source: "max" as in Query-Key Normalization (arXiv 2010.04245), "inside" as in DeltaNet (arXiv 2406.06484).
+    """
+    if rule not in L2_RULES:
+        raise ValueError(f"rule must be one of {', '.join(L2_RULES)}, got {rule!r}")
+    x = jnp.asarray(x)
+    epsilon = L2_RULES[rule] if epsilon is None else epsilon
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    if rule == "inside":
+        return (wide * jax.lax.rsqrt(squared + epsilon)).astype(x.dtype)
+    # The root is taken of a value that is never 0: its derivative there is infinite.
+    least = jnp.finfo(wide.dtype).tiny
+    if rule == "max":
+        return (wide * jax.lax.rsqrt(jnp.maximum(squared, max(epsilon**2, least)))).astype(x.dtype)
+    return (wide / (jnp.sqrt(jnp.maximum(squared, least)) + epsilon)).astype(x.dtype)
 
 
 class QkNorm(nnx.Module):
@@ -149,16 +191,11 @@ class QkNorm(nnx.Module):
         """Normalize both."""
         if self.mode == "l2":
             gain = self.gain.get_value().astype(jnp.promote_types(query.dtype, jnp.float32))
-            return (gain * self._unit(query)).astype(query.dtype), self._unit(key).astype(key.dtype)
+            unit = l2_normalize(query.astype(gain.dtype), epsilon=self.epsilon)
+            return (gain * unit).astype(query.dtype), l2_normalize(key, epsilon=self.epsilon)
         if self.mode == "rmsnorm_full":
             return (
                 self.query_norm(query.reshape(*query.shape[:2], -1)).reshape(query.shape),
                 self.key_norm(key.reshape(*key.shape[:2], -1)).reshape(key.shape),
             )
         return self.query_norm(query), self.key_norm(key)
-
-    def _unit(self, x: Float[Array, "B T N D"]) -> Float[Array, "B T N D"]:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        # x / max(|x|, eps), with the root taken of a value that is never 0: its derivative there is infinite.
-        squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
-        return wide * jax.lax.rsqrt(jnp.maximum(squared, max(self.epsilon**2, jnp.finfo(wide.dtype).tiny)))

@@ -59,7 +59,8 @@ def is_attention(entry: Entry) -> bool:
     parameters = inspect.signature(entry.target).parameters
     # One that needs gates besides gets them from a layer around it.
     needed = [name for name, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
-    return entry.kind in MASKED or needed == ["query", "key", "value"]
+    is_switched = "causal self" not in entry.patterns or "is_causal" in parameters
+    return entry.kind in MASKED or (needed == ["query", "key", "value"] and is_switched)
 
 
 def own_options(entry: Entry) -> frozenset[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -103,6 +104,7 @@ def linear_recurrence(
     return out, jnp.repeat(state, out.shape[2] // state.shape[1], axis=1)
 
 
+@functools.partial(jax.jit, static_argnames=("mode", "chunk_size", "sub_chunk"))
 def run(problem: Problem, mode: str, chunk_size: int, sub_chunk: int) -> tuple[jax.Array, jax.Array]:
     """Outputs `[B, T, H, G, Dv]` and the final state `[B, H, D, Dv]` of a checked problem."""
     length = problem.query.shape[1]

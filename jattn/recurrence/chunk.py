@@ -101,7 +101,8 @@ def run_chunks(problem: Problem, chunk_size: int, sub_chunk: int) -> tuple[jax.A
     cut = Cut.of(problem.query.shape[1], chunk_size)
     arrays = [cut.split(x) for x in (problem.query, problem.key, problem.value, problem.a, problem.b)]
     gates = None if problem.kind in ("none", "head") else cut.split(problem.log_decay)
-    parts = (arrays, gates, jnp.asarray(cut.valid()), cut.rows(problem.runs))
+    extras = tuple(cut.rows(x) for x in problem.extras)
+    parts = (arrays, gates, jnp.asarray(cut.valid()), cut.rows(problem.runs), extras)
 
     def step(carry: Any, part: Any) -> Any:
         return _step(problem, sub_chunk, carry, *part)
@@ -123,10 +124,16 @@ def _decay(problem: Problem, gates: Any, size: int, valid: Any, sub_chunk: int) 
     return TokenDecay(gates) if problem.kind == "token" else ChannelDecay(gates, sub_chunk)
 
 
-def _step(problem: Problem, sub_chunk: int, carry: Any, arrays: Any, gates: Any, valid: Any, runs: Any) -> Any:
+def _step(
+    problem: Problem, sub_chunk: int, carry: Any, arrays: Any, gates: Any, valid: Any, runs: Any, extras: Any
+) -> Any:
     dtype, exclusive = problem.dtype, problem.read == "pre"
     q, k, v, a, b = (None if x is None else x.astype(dtype) for x in arrays)
     size = k.shape[-2]
+    if problem.features is not None:
+        q, k, v = problem.features(q, k, v, extras)
+        # Features of zeros need not be zero.
+        k = jnp.where((np.arange(size) < valid[:, None])[..., None], k, 0)
     decay = _decay(problem, gates, size, valid, sub_chunk)
     state, run = carry
     through, before = (np.tri(size, k=shift, dtype=bool) for shift in (0, -1))

@@ -127,12 +127,12 @@ class TokenDecay:
 
 
 class ChannelDecay:
-    """A decay a token, head and key channel, `[B, H, n, C, D]`: pairs closer than c tokens, and the others on two levels.
+    """A decay a token, head and key channel, `[B, H, n, C, D]`: near pairs one by one, the others on two levels.
 
-    The decay of a pair has no factors that are safe, so near pairs are taken distance by distance, each an explicit sum
-    over d: the exponent of distance m is that of m - 1 plus one gate. For far pairs a border between sub-blocks of c
-    tokens lies between i and j: rows carry the decay from the border before i's sub-block, columns that after j to the
-    end of its sub-block and of the whole ones between; their product is one of matrices.
+    The decay of a pair has no factors that are safe, so pairs closer than c tokens are taken distance by distance, each
+    an explicit sum over d: the exponent of distance m is that of m - 1 plus one gate. For far pairs a border between
+    sub-blocks of c tokens lies between i and j: rows carry the decay from the border before i's sub-block, columns that
+    after j to the end of its sub-block and of the whole ones between; their product is one of matrices.
     """
 
     def __init__(self, log_decay: jax.Array, sub_chunk: int):

@@ -84,7 +84,8 @@ def elu1(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """
     # The exponential of a large x would be inf in the branch that is not taken, and its gradient NaN; and at 0, where
     # jnp.minimum(x, 0) shares the gradient between its arguments, the slope is 1.
-    return jnp.where(x > 0, x + 1, jnp.exp(jnp.where(x > 0, 0, x)))
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.where(wide > 0, wide + 1, jnp.exp(jnp.where(wide > 0, 0, wide))).astype(x.dtype)
 
 
 def taylor2(x: Float[Array, "... D"]) -> Float[Array, "... F"]:

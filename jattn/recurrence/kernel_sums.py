@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jattn.recurrence.chunk import run_chunks
 from jattn.recurrence.feature_maps import apply_feature_map, num_features
+from jattn.recurrence.problem import Problem, varying_like
+from jattn.recurrence.segments import runs_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,26 @@ class Kernel:
         value = value.astype(self.dtype)
         return jnp.concatenate([value, jnp.ones_like(value[..., :1])], -1) if self.normalize else value
 
+    def of_chunks(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, extras: tuple[Any, ...]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Features as the recurrence wants them, query `[B, K, n, G, C, D]`, key and value `[B, K, n, C, D]`."""
+        positions, valid = extras
+
+        def features(x: jax.Array) -> jax.Array:
+            if not getattr(self.phi, "uses_positions", False):
+                return self.phi(x)
+            # Maps with positions want tokens before heads.
+            to, back = ((0, 2, 4, 1, 3, 5), (0, 3, 1, 4, 2, 5)) if x.ndim == 6 else ((0, 2, 3, 1, 4), (0, 3, 1, 2, 4))
+            moved = x.transpose(to)
+            tokens = moved.reshape(x.shape[0], positions[0].size, -1, x.shape[-1])
+            found = self.phi(tokens, positions.reshape(x.shape[0], -1))
+            return found.reshape(*moved.shape[:-1], found.shape[-1]).transpose(back)
+
+        keys = features(key)
+        keys = keys if valid is None else jnp.where(valid[:, None, :, :, None], keys, 0)
+        return features(query), keys, self.values(value)
+
     def divided(self, sums: jax.Array) -> jax.Array:
         """Sums over their last column: `[B, C, K, G, Dv + 1]` -> `[B, C, N, Dv]`."""
         if self.normalize:
@@ -65,11 +87,6 @@ class Kernel:
         batch, _, kv_heads, head_dim = key.shape
         shape = (batch, kv_heads, num_features(self.phi, head_dim), value.shape[-1] + self.normalize)
         return varying_like(jnp.zeros(shape, self.dtype), key, value)
-
-
-def varying_like(x: jax.Array, *sources: jax.Array) -> jax.Array:
-    """Mark x as varying over the mesh axes of the sources, as the carry of a loop in a shard_map must be."""
-    return x + sum(jnp.zeros_like(source, shape=(), dtype=x.dtype) for source in sources)
 
 
 def _chunks(x: Any, size: int, mode: str = "constant") -> Any:
@@ -168,38 +185,23 @@ def attend_causally(
     Returns:
         `[B, T, N, Dv]` in the kernel's dtype, and the state of the last token's run.
     """
-    length, kv_heads = key.shape[1:3]
-    size = min(kernel.chunk_size, length)
     key, value = _hidden(key, valid), _hidden(value, valid)
-    valid = _inside(valid, length, size)
-    earlier = np.tri(size, dtype=bool)
-    runs_given = runs is not None
-    first_run = varying_like(jnp.zeros((query.shape[0],), jnp.int32), query, key, value)
-
-    @jax.checkpoint
-    def step(carry: Any, chunk: Any) -> Any:
-        state, run = carry
-        q, k, v, places, ok, own = chunk
-        rows, columns, values = kernel.rows(q, places, kv_heads), kernel.columns(k, places, ok), kernel.values(v)
-        visible = earlier
-        if runs_given:
-            visible = (earlier & (own[:, :, None] == own[:, None, :]))[:, None, None]
-        weights = jnp.where(visible, jnp.einsum("bikgf,bjkf->bkgij", rows, columns), 0)
-        inside = jnp.einsum("bkgij,bjkv->bikgv", weights, values)
-        if runs_given:
-            rows = jnp.where((own == run[:, None])[..., None, None, None], rows, 0)
-            columns = jnp.where((own == own[:, -1:])[..., None, None], columns, 0)
-        out = kernel.divided(inside + jnp.einsum("bikgf,bkfv->bikgv", rows, state))
-        if runs_given:
-            state = jnp.where((run == own[:, -1])[:, None, None, None], state, 0)
-            run = own[:, -1]
-        return (state + jnp.einsum("bjkf,bjkv->bkfv", columns, values), run), out
-
-    chunks = [None if x is None else _chunks(x, size) for x in (query, key, value, positions, valid)]
-    chunks.append(None if runs is None else _chunks(runs, size, "edge"))
-    state = varying_like(state.astype(kernel.dtype), query, key, value)
-    (state, _), out = jax.lax.scan(step, (state, first_run), chunks)
-    return _joined(out, length), state
+    batch, length, kv_heads, width = key.shape
+    problem = Problem(
+        query=query.reshape(batch, length, kv_heads, -1, width),
+        key=key,
+        value=value,
+        log_decay=None,
+        a=None,
+        b=None,
+        state=varying_like(state.astype(kernel.dtype), query, key, value),
+        runs=runs,
+        scale=kernel.scale,
+        features=kernel.of_chunks,
+        extras=(jnp.broadcast_to(positions, (batch, length)), valid),
+    )
+    sums, state = run_chunks(problem, kernel.chunk_size, kernel.chunk_size)
+    return kernel.divided(sums), state
 
 
 def attend_in_order(
@@ -258,23 +260,3 @@ def attend_in_order(
     place = jnp.argsort(order, axis=-1)[:, source:]
     out = jnp.take_along_axis(out, place[..., None, None], axis=1)
     return jnp.where((ids[0] >= 0)[..., None, None], out, 0)
-
-
-def runs_of(ids: jax.Array) -> jax.Array:
-    """Number the runs of equal ids from 0; padding (negative) neither ends nor starts one.
-
-    Args:
-        ids: int `[B, T]`.
-
-    Returns:
-        int32 `[B, T]`; padding has the number of the run before it.
-
-    Example:
-        >>> runs_of(jnp.array([[5, -1, 5, 2, 5]])).tolist()
-        [[0, 0, 0, 1, 2]]
-    """
-    index = jnp.where(ids >= 0, jnp.arange(ids.shape[1]), -1)
-    last = jax.lax.cummax(index, axis=1)
-    before = jnp.pad(last, [(0, 0), (1, 0)], constant_values=-1)[:, :-1]
-    changed = (ids >= 0) & (before >= 0) & (jnp.take_along_axis(ids, jnp.maximum(before, 0), 1) != ids)
-    return jnp.cumsum(changed, axis=1, dtype=jnp.int32)

@@ -18,6 +18,7 @@ FORGOTTEN = -1e5
 """Log decays below this are raised to it: exp of either is 0, and finite numbers can be summed."""
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """S_t = Diag(exp g_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T,  o_t = scale q_t^T S_t.
@@ -34,6 +35,9 @@ class Problem:
         scale: of the queries.
         read: "post" or "pre".
         bonus: `[H, G, D]` or None.
+        features: None, or `(query, key, value, extras) -> features of each`, applied chunk by chunk, so that those of
+            the whole sequence never exist at once; `run_chunks` alone knows it.
+        extras: what `features` is given beside, a tuple of `[B, T]` arrays or None.
     """
 
     query: Any
@@ -45,8 +49,10 @@ class Problem:
     state: Any
     runs: Any
     scale: Any
-    read: str = "post"
+    read: str = dataclasses.field(default="post", metadata={"static": True})
     bonus: Any = None
+    features: Any = dataclasses.field(default=None, metadata={"static": True})
+    extras: tuple[Any, ...] = ()
 
     @property
     def kind(self) -> str:

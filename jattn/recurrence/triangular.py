@@ -74,7 +74,7 @@ def _inverted_rows(blocks: jax.Array) -> jax.Array:
 
 
 def _merged(inverse: jax.Array, below: jax.Array) -> jax.Array:
-    """Inverses `[..., 2 m, w, w]` and the blocks under each first one of a pair, `[..., m, w, w]`, to `[..., m, 2w, 2w]`."""
+    """Inverses `[..., 2 m, w, w]` and the blocks under the first of each pair `[..., m, w, w]`: `[..., m, 2w, 2w]`."""
     first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
     corner = _dot(_dot(second, below), first)
     return jnp.concatenate(

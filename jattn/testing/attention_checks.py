@@ -229,7 +229,9 @@ def _change_from(call: subject.Call, start: int) -> subject.Arrays:
     changed = dict(call.arrays)
     for name in call.roles:
         new = np.array(changed[name])
-        new[:, start:] = 30 * random.normal(size=new[:, start:].shape)
+        drawn = 30 * random.normal(size=new[:, start:].shape)
+        # What is nowhere positive is a logarithm of something below 1, and nothing is promised for others.
+        new[:, start:] = drawn if (new > 0).any() else -abs(drawn)
         changed[name] = new
     return changed
 

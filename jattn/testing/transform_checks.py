@@ -17,7 +17,7 @@ from jattn.mechanisms.entry import Entry, LayerExample
 from jattn.mechanisms.examples import normals
 from jattn.testing import jaxprs, recurrence_checks, tolerance
 from jattn.testing.compiling import quick_jit
-from jattn.testing.subject import Arrays, build, cast, construct
+from jattn.testing.subject import Arrays, build, cast, construct, takes
 from jattn.testing.workbench import (
     LENGTH,
     Failed,
@@ -135,13 +135,13 @@ def check_decode(bench: Workbench) -> str:
         raise NotApplicable("it does not declare 'causal self'")
     if not entry.decode or entry.decode.lower().startswith("no"):
         raise NotApplicable(f"it declares decode={entry.decode!r}")
-    if entry.layer is None and len(required(entry.target)) > 3:
-        # Gates come with the tokens, so there is no layer to make of it: it is fed one token at a time itself.
+    if entry.layer is None and recurrence_checks.keeps_state(entry.target):
         arrays, whole = recurrence_checks.whole(bench)
         with jax.enable_x64(True):
             stepwise = quick_jit(recurrence_checks.in_parts(bench, tuple(range(1, LENGTH))))(arrays)
         assert_same(stepwise, whole, "one token at a time against the whole sequence")
-        return entry.decode
+        if required(entry.target) != ["query", "key", "value"] or "is_causal" not in takes(entry.target):
+            return entry.decode  # Its gates come with the tokens, so there is no layer to make of it.
     layer = entry if entry.layer is not None else as_layer(entry)
     call = build(layer, "causal self", LENGTH)
     tokens = next(iter(call.roles))

@@ -20,7 +20,8 @@ from jattn.mechanisms.entry import PATTERNS, Cost, Entry, Paper
 from jattn.mechanisms.examples import normals
 from jattn.recurrence.arguments import check_arrays, check_rows, check_segments, key_mask
 from jattn.recurrence.feature_maps import get_feature_map, num_features
-from jattn.recurrence.kernel_sums import Kernel, attend_all, attend_causally, attend_in_order, runs_of
+from jattn.recurrence.kernel_sums import Kernel, attend_all, attend_causally, attend_in_order
+from jattn.recurrence.segments import runs_of
 
 
 def linear_attention(
