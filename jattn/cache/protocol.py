@@ -47,11 +47,11 @@ class KVCache:
     aux: Any = ()
 
 
-def token_positions(cache: KVCache, length: int, valid: Any = None) -> jax.Array:
+def token_positions(cache: Any, length: int, valid: Any = None) -> jax.Array:
     """Positions that the next `length` tokens of each row will get: next, next + 1, ... over the valid ones.
 
     Args:
-        cache: the cache before these tokens.
+        cache: the cache before these tokens, a `KVCache` or a `RecurrentState`.
         length: T.
         valid: bool `[B, T]`, all true if not given.
 

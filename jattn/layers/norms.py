@@ -90,7 +90,7 @@ def l2_normalize(x: ArrayLike, *, epsilon: float | int | None = None, rule: str 
         ValueError: an unknown rule.
 
     Example:
-        >>> l2_normalize(jnp.array([3.0, 4.0])).round(4).tolist()
+        >>> [round(x, 4) for x in l2_normalize(jnp.array([3.0, 4.0])).tolist()]
         [0.6, 0.8]
 
     Source: "max" as in Query-Key Normalization (arXiv 2010.04245), "inside" as in DeltaNet (arXiv 2406.06484).

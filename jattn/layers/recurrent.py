@@ -295,7 +295,7 @@ class GatedOutput(nnx.Module):
     ):
         if gate is not None and gate not in GATES:
             raise ValueError(f"gate must be None or one of {', '.join(GATES)}, got {gate!r}")
-        self.gate_kind = gate
+        self.activation = None if gate is None else GATES[gate]
         shared: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.norm = make_norm(norm, value_dim, epsilon=epsilon, axis_name="head_dim", **shared)
         self.gate = None if gate is None else HeadProjection(features, num_heads, value_dim, **shared)
@@ -312,6 +312,6 @@ class GatedOutput(nnx.Module):
     def __call__(self, o: jax.Array, x: jax.Array) -> jax.Array:
         """Per-head outputs `[B, T, N, Dv]` and the layer's input `[B, T, M]` to `[B, T, M]`."""
         o = self.norm(o)
-        if self.gate is not None:
-            o = o * GATES[self.gate_kind](self.gate(x))
+        if self.gate is not None and self.activation is not None:
+            o = o * self.activation(self.gate(x))
         return self.out(o)

@@ -77,7 +77,8 @@ def linear_recurrence(
     Example:
         >>> import jax.numpy as jnp
         >>> one = jnp.ones((1, 4, 1, 1))
-        >>> linear_recurrence(one, one, one, log_decay=jnp.log(jnp.array([0.5])))[0, :, 0, 0].round(3).tolist()
+        >>> out = linear_recurrence(one, one, one, log_decay=jnp.log(jnp.array([0.5])))
+        >>> [round(x, 4) for x in out.ravel().tolist()]
         [1.0, 1.5, 1.75, 1.875]
 
     Source: common form of linear attention (arXiv 2006.16236), GLA (2312.06635), DeltaNet (2406.06484) and RWKV-7

@@ -128,7 +128,8 @@ def _step(
     problem: Problem, sub_chunk: int, carry: Any, arrays: Any, gates: Any, valid: Any, runs: Any, extras: Any
 ) -> Any:
     dtype, exclusive = problem.dtype, problem.read == "pre"
-    q, k, v, a, b = (None if x is None else x.astype(dtype) for x in arrays)
+    q, k, v = (x.astype(dtype) for x in arrays[:3])
+    a, b = (None if x is None else x.astype(dtype) for x in arrays[3:])
     size = k.shape[-2]
     if problem.features is not None:
         q, k, v = problem.features(q, k, v, extras)

@@ -58,8 +58,8 @@ def running_logsumexp(x: Any, runs: Any = None) -> jax.Array:
         `[B, T, ...]`.
 
     Example:
-        >>> running_logsumexp(jnp.zeros((1, 2))).round(4).tolist()
-        [[0.0, 0.6931]]
+        >>> [round(x, 4) for x in running_logsumexp(jnp.zeros((1, 2)))[0].tolist()]
+        [0.0, 0.6931]
     """
     return _scanned(_logaddexp, x, runs)
 

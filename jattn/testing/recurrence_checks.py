@@ -37,6 +37,7 @@ def _arguments(bench: Workbench) -> dict[str, Any]:
     """Arguments of the function that are no float arrays, and the switch that makes it causal."""
     entry = bench.entry
     signature = inspect.signature(entry.target)
+    assert entry.example is not None
     args, kwargs = entry.example(jax.random.key(0), LENGTH)
     given = signature.bind(*args, **kwargs).arguments
     rest = {name: x for name, x in given.items() if name not in _causal(bench).arrays}

@@ -63,7 +63,8 @@ def gated_linear_attention(
     Example:
         >>> import jax.numpy as jnp
         >>> one = jnp.ones((1, 3, 1, 1))
-        >>> gated_linear_attention(one, one, one, jnp.log(0.5) * one)[0, :, 0, 0].round(3).tolist()
+        >>> out = gated_linear_attention(one, one, one, jnp.log(0.5) * one)
+        >>> [round(x, 4) for x in out.ravel().tolist()]
         [1.0, 1.5, 1.75]
 
     Source: Gated Linear Attention Transformers with Hardware-Efficient Training (arXiv 2312.06635).
