@@ -1,0 +1,84 @@
+"""Models whose attention is a recurrence: what is kept while decoding does not grow, and changes nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jattn.cache import FullCache, RecurrentState, WindowCache, nbytes
+from jattn.models import DecoderLM, Swap, TransformerConfig, generate
+from jattn.probes import AttnHook
+
+CONFIG = TransformerConfig(vocab_size=17, features=16, num_layers=2, num_heads=4, num_kv_heads=2)
+
+
+def model_of(attention, config=CONFIG, **options):
+    return DecoderLM(config, attention=attention, attention_options=options, rngs=nnx.Rngs(0))
+
+
+def stepwise(model, tokens, cache):
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def run(state, tokens, cache):
+        def step(cache, token):
+            out = nnx.merge(graphdef, state)(token[:, None], cache=cache)
+            return out.cache, out.logits[:, 0]
+
+        return jax.lax.scan(step, cache, tokens.T)
+
+    cache, logits = run(state, tokens, cache)
+    return cache, logits.swapaxes(0, 1)
+
+
+@pytest.mark.parametrize("attention", ["linear_attention", "GatedLinearAttention"])
+def test_token_by_token_is_the_parallel_pass(attention):
+    model, tokens = model_of(attention), jnp.asarray(np.random.default_rng(0).integers(0, 17, (2, 9)))
+    cache = model.init_cache(FullCache(9), 2)
+    assert all(isinstance(layer, RecurrentState) for layer in cache.layers)
+    after, logits = stepwise(model, tokens, cache)
+    np.testing.assert_allclose(logits, jax.jit(lambda t: model(t).logits)(tokens), rtol=2e-4, atol=2e-5)
+    assert after.layers[1].next.tolist() == [9, 9]
+    assert nbytes(after) == nbytes(model.init_cache(FullCache(900), 2))
+
+
+def test_padding_in_a_prompt_is_not_read():
+    model = model_of("GatedLinearAttention")
+    tokens = jnp.asarray([[3, 5, 7, 1]])
+    whole = model(tokens, cache=model.init_cache(FullCache(9), 1))
+    padded = jnp.asarray([[3, 0, 5, 7, 0, 1]])
+    found = model(padded, cache=model.init_cache(FullCache(9), 1), segment_ids=jnp.asarray([[0, -1, 0, 0, -1, 0]]))
+    np.testing.assert_allclose(found.logits[:, [0, 2, 3, 5]], whole.logits, rtol=2e-4, atol=2e-5)
+    for x, y in zip(jax.tree.leaves(found.cache), jax.tree.leaves(whole.cache), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5)
+
+
+def test_recurrences_and_attention_in_one_model_generate():
+    model = model_of([Swap("GatedLinearAttention", layers=[0])])
+    cache = model.init_cache(FullCache(16), 1)
+    assert isinstance(cache.layers[0], RecurrentState)
+    assert not isinstance(cache.layers[1], RecurrentState)
+    prompt = jnp.asarray([[1, 2, 3]])
+    found = generate(model, prompt, max_new_tokens=4, temperature=0.0)
+    expected = prompt
+    for _ in range(4):
+        expected = jnp.concatenate([expected, model(expected).logits[:, -1:].argmax(-1)], 1)
+    assert found.tokens.tolist() == expected[:, 3:].tolist()
+
+
+def test_a_policy_that_forgets_keeps_keys():
+    model = model_of("linear_attention")
+    assert not isinstance(model.init_cache(WindowCache(4), 1).layers[0], RecurrentState)
+
+
+def test_what_a_recurrence_cannot_do_is_refused():
+    model = model_of("GatedLinearAttention")
+    with pytest.raises(ValueError, match="no attention weights"):
+        model(jnp.zeros((1, 3), int), hook=AttnHook(observe={"entropy"}))
+    with pytest.raises(ValueError, match="no logits"):
+        model_of("GatedLinearAttention", TransformerConfig(vocab_size=5, features=8, num_heads=2, position="alibi"))
+    with pytest.raises(ValueError, match="does not support 'noncausal self'"):
+        from jattn.models import Encoder
+
+        Encoder(CONFIG, attention="GatedLinearAttention", rngs=nnx.Rngs(0))
