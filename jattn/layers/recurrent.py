@@ -270,6 +270,7 @@ class GatedOutput(nnx.Module):
         num_heads: N.
         value_dim: Dv.
         gate: "silu", "sigmoid", or None for no gate.
+        gate_rank: waist of a gate that has two projections, the second with a bias; None for one without.
         norm: "rmsnorm" or "layernorm" over Dv, with weights that heads share.
         epsilon: of the norm.
         dtype: of the computation.
@@ -287,6 +288,7 @@ class GatedOutput(nnx.Module):
         value_dim: int,
         *,
         gate: str | None = "silu",
+        gate_rank: int | None = None,
         norm: str = "rmsnorm",
         epsilon: float | int = 1e-5,
         dtype: Any = None,
@@ -298,7 +300,12 @@ class GatedOutput(nnx.Module):
         self.activation = None if gate is None else GATES[gate]
         shared: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.norm = make_norm(norm, value_dim, epsilon=epsilon, axis_name="head_dim", **shared)
-        self.gate = None if gate is None else HeadProjection(features, num_heads, value_dim, **shared)
+        projection: Any = None
+        if gate is not None and gate_rank is None:
+            projection = HeadProjection(features, num_heads, value_dim, **shared)
+        elif gate is not None:
+            projection = LowRank(features, gate_rank, num_heads * value_dim, **shared)
+        self.gate = projection
         self.out = nnx.LinearGeneral(
             (num_heads, value_dim),
             features,
@@ -313,5 +320,5 @@ class GatedOutput(nnx.Module):
         """Per-head outputs `[B, T, N, Dv]` and the layer's input `[B, T, M]` to `[B, T, M]`."""
         o = self.norm(o)
         if self.gate is not None and self.activation is not None:
-            o = o * self.activation(self.gate(x))
+            o = o * self.activation(self.gate(x)).reshape(o.shape)
         return self.out(o)
