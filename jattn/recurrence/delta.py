@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jattn.recurrence.api import linear_recurrence
-from jattn.recurrence.arguments import check_rows
+from jattn.recurrence.segments import without_padding
 
 
 def delta_recurrence(
@@ -55,39 +55,15 @@ def delta_recurrence(
     wide = jnp.promote_types(key.dtype, jnp.float32)
     # Products of key, beta and decay have as many heads as all of these together need.
     heads = int(np.lcm.reduce([x.shape[2] for x in (key, beta, log_decay) if x is not None]))
-    keys = _repeated(key, heads).astype(wide)
-    write = _repeated(beta, heads).astype(wide)[..., None] * keys
+    keys = repeated(key, heads).astype(wide)
+    write = repeated(beta, heads).astype(wide)[..., None] * keys
     read = -keys
     if log_decay is not None:
-        kept = jnp.exp(_repeated(log_decay, heads).astype(wide))
+        kept = jnp.exp(repeated(log_decay, heads).astype(wide))
         read = read * (kept if kept.ndim == 4 else kept[..., None])
     return linear_recurrence(
         query, write, value, log_decay=log_decay, a=read, b=write, segment_ids=segment_ids, **options
     )
-
-
-def without_padding(segment_ids: Any, *arrays: Any) -> tuple[Any, ...]:
-    """Arrays `[B, T, ...]` with zeros at padding, for front ends that multiply before the engine hides it.
-
-    Args:
-        segment_ids: integers `[B, T]`, negative = padding; None for no padding.
-        *arrays: the arrays; None stays.
-
-    Returns:
-        The arrays.
-
-    Raises:
-        ValueError: ids that do not fit.
-
-    Example:
-        >>> without_padding(jnp.array([[0, -1]]), jnp.array([[2.0, jnp.nan]]))[0].tolist()
-        [[2.0, 0.0]]
-    """
-    if segment_ids is None:
-        return arrays
-    batch, length = next(x for x in arrays if x is not None).shape[:2]
-    real = check_rows("segment_ids", segment_ids, batch, length) >= 0
-    return tuple(x if x is None else jnp.where(real.reshape(*real.shape, *(1,) * (x.ndim - 2)), x, 0) for x in arrays)
 
 
 def check_heads(name: str, x: Any) -> jax.Array:
@@ -110,5 +86,6 @@ def check_gates(name: str, x: Any, rows: tuple[int, ...], heads: int, width: tup
     return x
 
 
-def _repeated(x: jax.Array, heads: int) -> jax.Array:
+def repeated(x: jax.Array, heads: int) -> jax.Array:
+    """`[B, T, H, ...]` with every head repeated, so that there are `heads` of them."""
     return x if x.shape[2] == heads else jnp.repeat(x, heads // x.shape[2], axis=2)

@@ -115,7 +115,8 @@ class Kda(DeltaLayer):
         conv_bias: whether the convolutions have biases.
         allow_neg_eigval: beta = 2 sigmoid: eigenvalues of a step in [-1, 1] instead of [0, 1] (arXiv 2411.12537).
         epsilon: of the head norm.
-        position: None, or an object with `rotate`, such as `Rope`, which turns the normalized queries and keys.
+        position: None, or an object with `rotate`, such as `Rope`, which turns the normalized queries and keys. Kimi
+            Linear has none, and where two channels of a pair decay differently, more than distances counts.
         chunk_size: tokens a chunk; no effect on the result.
         dtype: of the computation; that of inputs and parameters if not given.
         param_dtype: of the parameters; A_log and dt_bias are float32 at least.

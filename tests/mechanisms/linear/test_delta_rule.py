@@ -8,6 +8,7 @@ from flax import nnx
 
 from jattn.mechanisms.linear.delta_rule import DeltaRule, delta_rule
 from jattn.mechanisms.linear.linear_attention import linear_attention
+from jattn.models import DecoderLM, TransformerConfig
 from tests.mechanisms.linear.delta_truth import (
     both,
     close,
@@ -168,6 +169,16 @@ def test_sums_normalize_positive_features():
     assert np.isfinite(jax.grad(lambda x: layer.normalized(x).sum())(jnp.full((1, 3), -1e4))).all()
     assert layer.query.conv.activation is None
     assert layer.value.conv.activation == "silu"
+
+
+def test_a_model_scales_the_last_projection():
+    config = {"vocab_size": 5, "features": 8, "num_layers": 1, "num_heads": 2, "mlp": "none"}
+    plain, scaled = (
+        DecoderLM(TransformerConfig(**config, residual_scale=size), attention="DeltaRule", rngs=nnx.Rngs(0))
+        for size in (1.0, 0.5)
+    )
+    kernels = [model.stack.blocks[0].attention.out.out.kernel.get_value() for model in (plain, scaled)]
+    np.testing.assert_array_equal(0.5 * kernels[0], kernels[1])
 
 
 def test_nan_in_padding_reaches_no_parameter():
