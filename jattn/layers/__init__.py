@@ -2,6 +2,7 @@
 
 from jattn.layers.adapters import as_flax_attention_fn
 from jattn.layers.attention import LayerOutput, MultiHeadAttention
+from jattn.layers.md_positions import MdLrpe, MdTpe
 from jattn.layers.norms import QkNorm, l2_normalize, make_norm
 from jattn.layers.positions import LearnedAbs, sinusoidal
 from jattn.layers.recurrent import RecurrentLayer
@@ -12,6 +13,8 @@ from jattn.layers.short_conv import ShortConv, causal_short_conv
 __all__ = [
     "LayerOutput",
     "LearnedAbs",
+    "MdLrpe",
+    "MdTpe",
     "MultiHeadAttention",
     "QkNorm",
     "RecurrentLayer",
