@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jattn.recurrence.segments import running_logsumexp
+from jattn.recurrence.segments import running_logsumexp, running_sum
 
 
 def group_logsumexp(x: Any, ids: Any = None) -> jax.Array:
@@ -32,6 +33,31 @@ def group_logsumexp(x: Any, ids: Any = None) -> jax.Array:
         top = jnp.where(jnp.isfinite(top), top, 0)
         total = jnp.sum(jnp.exp(x - top), axis=1, keepdims=True)
         return jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1)) + top, -jnp.inf)
+    return _over_groups(running_logsumexp, x, ids, -jnp.inf)
+
+
+def group_sum(x: Any, ids: Any = None) -> jax.Array:
+    """Sums over all tokens of the same id, wherever they stand.
+
+    s_t = sum over s of x_s, id_s = id_t
+
+    Args:
+        x: `[B, T, ...]`.
+        ids: int `[B, T]`; None for a single group.
+
+    Returns:
+        `[B, T, ...]`, or `[B, 1, ...]` for a single group.
+
+    Example:
+        >>> group_sum(jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[7, 2, 7]])).tolist()
+        [[5.0, 2.0, 5.0]]
+    """
+    x = jnp.asarray(x)
+    return jnp.sum(x, axis=1, keepdims=True) if ids is None else _over_groups(running_sum, x, ids, 0)
+
+
+def _over_groups(running: Callable[..., jax.Array], x: jax.Array, ids: Any, nothing: float | int) -> jax.Array:
+    """What stands up to a token and what stands behind it, joined: scans alone, so that gradients need no atomics."""
     ids = jnp.asarray(ids)
     order = jnp.argsort(ids, axis=1, stable=True)
 
@@ -39,16 +65,15 @@ def group_logsumexp(x: Any, ids: Any = None) -> jax.Array:
         return jnp.take_along_axis(x, places.reshape(*places.shape, *(1,) * (x.ndim - 2)), axis=1)
 
     x, ids = moved(x, order), moved(ids, order)
-    before = running_logsumexp(x, ids)
-    after = jnp.flip(running_logsumexp(jnp.flip(x, 1), jnp.flip(ids, 1)), 1)
+    before = running(x, ids)
+    after = jnp.flip(running(jnp.flip(x, 1), jnp.flip(ids, 1)), 1)
     goes_on = jnp.pad(ids[:, :-1] == ids[:, 1:], [(0, 0), (0, 1)]).reshape(*ids.shape, *(1,) * (x.ndim - 2))
-    behind = jnp.where(goes_on, jnp.roll(after, -1, axis=1), -jnp.inf)
-    # Two tokens, so to speak: what stands up to here, and what stands behind.
-    both = running_logsumexp(jnp.stack([before, behind], axis=1))[:, 1]
+    behind = jnp.where(goes_on, jnp.roll(after, -1, axis=1), nothing)
+    both = running(jnp.stack([before, behind], axis=1))[:, 1]
     return moved(both, jnp.argsort(order, axis=1))
 
 
-def shown(x: jax.Array, valid: Any, hidden: float = 0.0) -> jax.Array:
+def shown(x: jax.Array, valid: Any, hidden: float | int = 0) -> jax.Array:
     """x `[B, T, ...]` where valid `[B, T]`, something harmless elsewhere: padding may hold anything, NaN too.
 
     Example:
