@@ -214,6 +214,10 @@ def _set_distilling(model: Any, is_distilling: bool) -> bool:
     return bool(layers)
 
 
+def _example(key, length):
+    return (MultiHeadAttention(16, 4, num_kv_heads=2, rngs=nnx.Rngs(0)),), {}
+
+
 _CHECKS = ("gradients", "derivative", "determinism", "jit", "vmap", "export", "forward_mode", "precision")
 
 ENTRY = Entry(
@@ -231,6 +235,7 @@ ENTRY = Entry(
     patterns=("noncausal self", "causal self"),
     cost=Cost(flops="T", memory="T"),
     decode="as HedgehogAttention",
+    example=_example,
     fidelity="inferred: which variant the paper's results have, from later programs of the same group",
     exempt=dict.fromkeys((*_CHECKS, "work", "memory"), "it takes a model and returns one, no arrays"),
 )
