@@ -3,6 +3,7 @@
 from jattn.layers.adapters import as_flax_attention_fn
 from jattn.layers.attention import LayerOutput, MultiHeadAttention
 from jattn.layers.lrpe import Lrpe
+from jattn.layers.md_positions import MdLrpe, MdTpe
 from jattn.layers.norms import QkNorm, l2_normalize, make_norm
 from jattn.layers.positions import LearnedAbs, sinusoidal
 from jattn.layers.recurrent import RecurrentLayer
@@ -16,6 +17,8 @@ __all__ = [
     "LayerOutput",
     "LearnedAbs",
     "Lrpe",
+    "MdLrpe",
+    "MdTpe",
     "MultiHeadAttention",
     "QkNorm",
     "RecurrentLayer",
