@@ -11,12 +11,12 @@ from flax import nnx
 
 from jattn.cache import CachePolicy, KVCache, RecurrentState, slots_for_heads, token_positions
 from jattn.cache.recurrent import state_before
-from jattn.softmax.calling import accepts
+from jattn.softmax.calling import accepts, names_argument
 
 
 def on_state(function: Any, policy: CachePolicy) -> bool:
     """Whether an attention function decodes on a state: a recurrence, under a policy that lets all of it be seen."""
-    keeps = accepts(function, "initial_state") and accepts(function, "return_final_state")
+    keeps = names_argument(function, "initial_state") and names_argument(function, "return_final_state")
     return keeps and policy.causal and not policy.forgets
 
 

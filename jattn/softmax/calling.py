@@ -35,6 +35,18 @@ def accepts(function: Callable[..., Any], name: str) -> bool:
     return anything or name in named
 
 
+def names_argument(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has an argument of this very name, not only `**arguments` that would take it.
+
+    Example:
+        >>> names_argument(lambda query, key, value, **arguments: value, "initial_state")
+        False
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    return name in _parameters(function)[0]
+
+
 def asked_for(function: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those arguments that ask for something: not None, not False, and no dropout_rate of 0.
 
