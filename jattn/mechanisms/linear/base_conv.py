@@ -104,6 +104,7 @@ class BaseConv(RecurrentLayer):
         max_length: taps of the long one.
         filter_dim: width of the network that makes its kernel.
         activation: "silu" on both factors, or None.
+        use_bias: of the projection.
         position: refused: there are no queries and keys to rotate.
         dtype: of the computation; that of inputs and parameters if not given.
         param_dtype: of the parameters.
@@ -132,6 +133,7 @@ class BaseConv(RecurrentLayer):
         max_length: int = 1024,
         filter_dim: int = 16,
         activation: str | None = None,
+        use_bias: bool = True,
         position: Any = None,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -146,7 +148,12 @@ class BaseConv(RecurrentLayer):
         self.activation, self.dtype = activation, dtype
         shared: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.projection = nnx.Linear(
-            features, features, kernel_metadata=axes("embed", None), bias_metadata=axes(None), **shared
+            features,
+            features,
+            use_bias=use_bias,
+            kernel_metadata=axes("embed", None),
+            bias_metadata=axes(None),
+            **shared,
         )
         if width is None:
             self.conv: Any = ImplicitLongConv(features, max_length=max_length, hidden=filter_dim, **shared)
