@@ -2,6 +2,7 @@
 
 from jattn.layers.adapters import as_flax_attention_fn
 from jattn.layers.attention import LayerOutput, MultiHeadAttention
+from jattn.layers.long_conv import HyenaFilter, ImplicitFilterRelu, causal_long_conv, fft_conv
 from jattn.layers.norms import QkNorm, l2_normalize, make_norm
 from jattn.layers.positions import LearnedAbs, sinusoidal
 from jattn.layers.recurrent import RecurrentLayer
@@ -10,6 +11,8 @@ from jattn.layers.sharding import axes, named_shardings
 from jattn.layers.short_conv import ShortConv, causal_short_conv
 
 __all__ = [
+    "HyenaFilter",
+    "ImplicitFilterRelu",
     "LayerOutput",
     "LearnedAbs",
     "MultiHeadAttention",
@@ -19,7 +22,9 @@ __all__ = [
     "ShortConv",
     "as_flax_attention_fn",
     "axes",
+    "causal_long_conv",
     "causal_short_conv",
+    "fft_conv",
     "l2_normalize",
     "make_norm",
     "named_shardings",
