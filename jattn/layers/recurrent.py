@@ -20,6 +20,7 @@ from jattn.cache.recurrent import state_before
 from jattn.layers.attention import LayerOutput
 from jattn.layers.norms import make_norm
 from jattn.layers.sharding import axes
+from jattn.recurrence.segments import without_padding
 from jattn.softmax import masks
 from jattn.softmax.masks import Mask
 
@@ -37,6 +38,9 @@ class RecurrentLayer(nnx.Module):
     Raises:
         ValueError: a position that can only bias logits, of which there are none.
     """
+
+    beside: tuple[str, ...] = ()
+    """Names of arrays `[B, T, ...]` that every call gives beside x; `mix` is handed them, with zeros at padding."""
 
     def __init__(self, features: int, num_heads: int, *, position: Any = None):
         if position is not None and not hasattr(position, "rotate"):
@@ -56,7 +60,7 @@ class RecurrentLayer(nnx.Module):
             segment_ids: int `[B, T]` or None; when decoding only padding is marked.
             positions: int `[B|1, T]`.
             state: what earlier tokens left behind, None before the first. `next` is counted by the caller.
-            **options: deterministic and rngs.
+            **options: deterministic, rngs, and what a call gives `beside` x; nothing of the latter from `init_cache`.
 
         Returns:
             `[B, T, N, Dv]`, the state after the last token, and statistics by name.
@@ -115,6 +119,7 @@ class RecurrentLayer(nnx.Module):
         rngs: Any = None,
         tap: Callable[[str, Any], Any] | None = None,
         hook: Any = None,
+        **beside: Any,
     ) -> LayerOutput:
         """Mix tokens with those before them.
 
@@ -130,12 +135,14 @@ class RecurrentLayer(nnx.Module):
             rngs: an `nnx.Rngs` or a key, for dropout.
             tap: `tap("head_out", o) -> o` sees, and may replace, the per-head outputs.
             hook: refused: it looks into the weights of attention, of which there are none.
+            **beside: arrays `[B, T, ...]` that the layer needs beside x, if its class says so.
 
         Returns:
             LayerOutput(output `[B, T, features]`, the new state if there was a cache, aux).
 
         Raises:
-            ValueError: shapes that do not fit, a context, another mask, a hook, positions together with a cache.
+            ValueError: shapes that do not fit, a context, another mask, a hook, positions together with a cache, too
+                much or too little beside x.
         """
         x = jnp.asarray(x)
         if x.ndim != 3 or x.shape[-1] != self.features:
@@ -148,6 +155,15 @@ class RecurrentLayer(nnx.Module):
             )
         if mask is not None and not (isinstance(mask, Mask) and mask == masks.causal()):
             raise ValueError(f"{type(self).__name__} takes no mask but causal(); hide padding with segment_ids")
+        if set(beside) != set(self.beside):
+            raise ValueError(
+                f"this {type(self).__name__} takes {', '.join(self.beside) or 'nothing'} beside x, got "
+                f"{', '.join(beside) or 'nothing'}"
+            )
+        beside = {name: jnp.asarray(array) for name, array in beside.items()}
+        for name, array in beside.items():
+            if array.shape[:2] != x.shape[:2]:
+                raise ValueError(f"{name} must be {[*x.shape[:2], '...']}, got {list(array.shape)}")
         ids = _checked_ids(segment_ids, x)
         state = None
         if cache is None:
@@ -161,9 +177,10 @@ class RecurrentLayer(nnx.Module):
             places = jnp.maximum(state.next[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, 0)
         if ids is not None:
             # Padding may hold anything, NaN too; it must not reach weights through 0 * NaN.
-            x = jnp.where((ids >= 0)[..., None], x, 0)
+            (x, *others) = without_padding(ids, x, *beside.values())
+            beside = dict(zip(beside, others, strict=True))
         o, new_state, aux = self.mix(
-            x, segment_ids=ids, positions=places, state=state, deterministic=deterministic, rngs=rngs
+            x, segment_ids=ids, positions=places, state=state, deterministic=deterministic, rngs=rngs, **beside
         )
         if tap is not None:
             o = tap("head_out", o)
@@ -270,6 +287,7 @@ class GatedOutput(nnx.Module):
         num_heads: N.
         value_dim: Dv.
         gate: "silu", "sigmoid", or None for no gate.
+        gate_rank: waist of a gate that has two projections, the second with a bias; None for one without.
         norm: "rmsnorm" or "layernorm" over Dv, with weights that heads share.
         epsilon: of the norm.
         dtype: of the computation.
@@ -287,6 +305,7 @@ class GatedOutput(nnx.Module):
         value_dim: int,
         *,
         gate: str | None = "silu",
+        gate_rank: int | None = None,
         norm: str = "rmsnorm",
         epsilon: float | int = 1e-5,
         dtype: Any = None,
@@ -298,7 +317,12 @@ class GatedOutput(nnx.Module):
         self.activation = None if gate is None else GATES[gate]
         shared: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.norm = make_norm(norm, value_dim, epsilon=epsilon, axis_name="head_dim", **shared)
-        self.gate = None if gate is None else HeadProjection(features, num_heads, value_dim, **shared)
+        projection: Any = None
+        if gate is not None and gate_rank is not None:
+            projection = LowRank(features, gate_rank, num_heads * value_dim, **shared)
+        elif gate is not None:
+            projection = HeadProjection(features, num_heads, value_dim, **shared)
+        self.gate = projection
         self.out = nnx.LinearGeneral(
             (num_heads, value_dim),
             features,
@@ -309,9 +333,14 @@ class GatedOutput(nnx.Module):
             **shared,
         )
 
+    @property
+    def kernel(self) -> nnx.Param:
+        """W_o, whose initial values a model may scale."""
+        return self.out.kernel
+
     def __call__(self, o: jax.Array, x: jax.Array) -> jax.Array:
         """Per-head outputs `[B, T, N, Dv]` and the layer's input `[B, T, M]` to `[B, T, M]`."""
         o = self.norm(o)
         if self.gate is not None and self.activation is not None:
-            o = o * self.activation(self.gate(x))
+            o = o * self.activation(self.gate(x)).reshape(o.shape)
         return self.out(o)

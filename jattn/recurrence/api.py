@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from jattn.recurrence.associative import run_associative
 from jattn.recurrence.chunk import run_chunks
+from jattn.recurrence.kernels import KERNELS, kernel_walk
 from jattn.recurrence.problem import Problem, flipped, make_problem
 from jattn.recurrence.tokens import run_tokens
 
 MODES = ("recurrent", "chunk", "parallel", "associative")
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("xla", *KERNELS)
 
 
 def linear_recurrence(
@@ -63,7 +64,9 @@ def linear_recurrence(
         bonus: `[N, D]`, what a token sees of itself with read="pre"; nothing if None.
         mode: "chunk"; "recurrent", token by token; "parallel", one chunk of T tokens; "associative", a scan of
             logarithmic depth over all states, without a and b.
-        implementation: who computes mode "chunk": "xla" is the only one yet, and what None chooses.
+        implementation: who computes mode "chunk": "xla", or the kernel "triton" (NVIDIA GPUs) or "tpu", elsewhere in
+            the interpreter of Pallas. None is "xla": no kernel has been run on its hardware yet. Kernels have gradients
+            in reverse mode only.
         chunk_size: C, tokens a chunk; no effect on the result.
         sub_chunk: c, tokens a sub-block where decays differ a channel; likewise.
         return_final_state: also return the state after the last token.
@@ -72,7 +75,8 @@ def linear_recurrence(
         `[B, T, N, Dv]` in the query's dtype; with `return_final_state` also the state, float32 `[B, N, D, Dv]`.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown mode or implementation, a and b in mode "associative".
+        ValueError: shapes that do not fit, an unknown mode or implementation, a and b in mode "associative", a kernel
+            in another mode than "chunk".
 
     Example:
         >>> import jax.numpy as jnp
@@ -88,6 +92,8 @@ def linear_recurrence(
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+    if implementation in KERNELS and mode != "chunk":
+        raise ValueError(f"implementation={implementation!r} computes mode='chunk', not mode={mode!r}")
     if chunk_size < 1 or sub_chunk < 1:
         raise ValueError(f"chunk_size and sub_chunk must be at least 1, got {chunk_size} and {sub_chunk}")
     arrays = {"query": query, "key": key, "value": value, "a": a, "b": b, "segment_ids": segment_ids}
@@ -97,7 +103,8 @@ def linear_recurrence(
     problem = make_problem(
         log_decay=log_decay, scale=scale, initial_state=initial_state, read=read, bonus=bonus, **arrays
     )
-    out, state = run(problem, mode, chunk_size, sub_chunk)
+    kernel = implementation if implementation in KERNELS else None
+    out, state = run(problem, mode, chunk_size, sub_chunk, kernel)
     out = out.reshape(*out.shape[:2], -1, out.shape[-1]).astype(jnp.asarray(query).dtype)
     out = flipped(out) if reverse else out
     if not return_final_state:
@@ -105,8 +112,10 @@ def linear_recurrence(
     return out, jnp.repeat(state, out.shape[2] // state.shape[1], axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("mode", "chunk_size", "sub_chunk"))
-def run(problem: Problem, mode: str, chunk_size: int, sub_chunk: int) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("mode", "chunk_size", "sub_chunk", "kernel"))
+def run(
+    problem: Problem, mode: str, chunk_size: int, sub_chunk: int, kernel: str | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Outputs `[B, T, H, G, Dv]` and the final state `[B, H, D, Dv]` of a checked problem."""
     length = problem.query.shape[1]
     if mode == "recurrent":
@@ -114,7 +123,8 @@ def run(problem: Problem, mode: str, chunk_size: int, sub_chunk: int) -> tuple[j
     elif mode == "associative":
         out, state = run_associative(problem)
     else:
-        out, state = run_chunks(problem, length if mode == "parallel" else chunk_size, sub_chunk)
+        through = None if kernel is None else kernel_walk(kernel, problem.query.dtype)
+        out, state = run_chunks(problem, length if mode == "parallel" else chunk_size, sub_chunk, through)
     return out, state
 
 

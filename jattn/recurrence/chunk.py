@@ -20,6 +20,7 @@ import numpy as np
 from jattn.recurrence.decay import HIGHEST, ChannelDecay, HeadDecay, NoDecay, TokenDecay
 from jattn.recurrence.problem import Problem
 from jattn.recurrence.triangular import unit_lower_inverse
+from pallas_kernels.linear_recurrence.parts import Parts
 
 CHUNKS_A_STEP = 8
 """How many chunks are computed together: enough to keep the cores busy, few enough for what they need to stay near."""
@@ -34,26 +35,20 @@ class Cut(NamedTuple):
     length: int
 
     @classmethod
-    def of(cls, length: int, chunk_size: int) -> Cut:
-        """Cut T tokens."""
+    def of(cls, length: int, chunk_size: int, chunks_a_step: int | None) -> Cut:
+        """Cut T tokens; None puts all chunks into one step."""
         size = min(chunk_size, length)
         count = -(-length // size)
-        steps = -(-count // CHUNKS_A_STEP)
+        steps = 1 if chunks_a_step is None else -(-count // chunks_a_step)
         return cls(steps, -(-count // steps), size, length)
 
-    def split(self, x: Any, mode: str = "constant") -> Any:
-        """`[B, T, H, ...]` -> `[steps, B, H, n, ..., C, D]`: heads first, time before the last axis."""
-        if x is None:
-            return None
-        x = self._cut(x, mode)
-        if x.ndim == 5:  # [B, steps, n, C, H]
-            return x.transpose(1, 0, 4, 2, 3)
-        axes = (1, 0, 4, 2, *range(5, x.ndim - 1), 3, x.ndim - 1)
-        return x.transpose(axes)
+    def split(self, x: Any) -> Any:
+        """`[B, T, ...]` -> `[steps, B, n, C, ...]`, filled up with zeros; no copy for a single batch row."""
+        return None if x is None else jnp.moveaxis(self._cut(x, "constant"), 1, 0)
 
     def rows(self, x: Any) -> Any:
         """`[B, T]` -> `[steps, B, n, C]`, filled up with the last entry."""
-        return None if x is None else self._cut(x, "edge").transpose(1, 0, 2, 3)
+        return None if x is None else jnp.moveaxis(self._cut(x, "edge"), 1, 0)
 
     def _cut(self, x: jax.Array, mode: str) -> jax.Array:
         extra = self.steps * self.chunks * self.size - self.length
@@ -62,8 +57,8 @@ class Cut(NamedTuple):
         return x.reshape(x.shape[0], self.steps, self.chunks, self.size, *x.shape[2:])
 
     def join(self, x: jax.Array) -> jax.Array:
-        """`[steps, B, H, n, G, C, D]` -> `[B, T, H, G, D]`."""
-        x = x.transpose(1, 0, 3, 5, 2, 4, 6)
+        """`[steps, B, n, C, ...]` -> `[B, T, ...]`."""
+        x = jnp.moveaxis(x, 0, 1)
         return x.reshape(x.shape[0], -1, *x.shape[4:])[:, : self.length]
 
     def valid(self) -> np.ndarray:
@@ -72,47 +67,37 @@ class Cut(NamedTuple):
         return np.clip(self.length - first, 0, self.size).reshape(self.steps, self.chunks).astype(np.int32)
 
 
-class Inner(NamedTuple):
-    """What the loop over the chunks of a step needs of each: S' = decay S + add + b^T R, R = read + carry S."""
-
-    decay: Any
-    """`[B|1, H|1, n, D|1, 1]`."""
-    add: Any
-    """`[B, H, n, D, Dv]`."""
-    read: Any
-    """U `[B, H, n, C, Dv]`, None without a and b."""
-    carry: Any
-    """W `[B, H, n, C, D]`."""
-    write: Any
-    """b with the decay to the chunk's end, `[B, H, n, C, D]`."""
-
-
-def run_chunks(problem: Problem, chunk_size: int, sub_chunk: int) -> tuple[jax.Array, jax.Array]:
+def run_chunks(problem: Problem, chunk_size: int, sub_chunk: int, through: Any = None) -> tuple[jax.Array, jax.Array]:
     """Outputs and the final state.
 
     Args:
         problem: what to compute.
         chunk_size: C.
         sub_chunk: c, for decays a channel.
+        through: `(state, parts) -> (outputs, state)` of a kernel, which is then given all chunks at once.
 
     Returns:
         `[B, T, H, G, Dv]` in the dtype of sums, and `[B, H, D, Dv]`.
     """
-    cut = Cut.of(problem.query.shape[1], chunk_size)
+    cut = Cut.of(problem.query.shape[1], chunk_size, CHUNKS_A_STEP if through is None else None)
     arrays = [cut.split(x) for x in (problem.query, problem.key, problem.value, problem.a, problem.b)]
     gates = None if problem.kind in ("none", "head") else cut.split(problem.log_decay)
     extras = tuple(cut.rows(x) for x in problem.extras)
-    parts = (arrays, gates, jnp.asarray(cut.valid()), cut.rows(problem.runs), extras)
+    given = (arrays, gates, jnp.asarray(cut.valid()), cut.rows(problem.runs), extras)
 
-    def step(carry: Any, part: Any) -> Any:
-        return _step(problem, sub_chunk, carry, *part)
+    def step(carry: Any, given: Any) -> Any:
+        state, run = carry
+        parts, run = chunk_parts(problem, sub_chunk, run, *given)
+        out, state = (walk if through is None else through)(state, parts)
+        out = out.reshape(*out.shape[:3], -1, cut.size, out.shape[-1])
+        return (state, run), out.transpose(0, 2, 4, 1, 3, 5)
 
     first = jnp.zeros_like(problem.state, shape=(problem.state.shape[0],), dtype=jnp.int32)
     body = jax.checkpoint(step, prevent_cse=cut.steps == 1)
     if cut.steps == 1:
-        (state, _), out = body((problem.state, first), jax.tree.map(lambda x: x[0], parts))
+        (state, _), out = body((problem.state, first), jax.tree.map(lambda x: x[0], given))
         return cut.join(out[None]), state
-    (state, _), out = jax.lax.scan(body, (problem.state, first), parts)
+    (state, _), out = jax.lax.scan(body, (problem.state, first), given)
     return cut.join(out), state
 
 
@@ -124,19 +109,34 @@ def _decay(problem: Problem, gates: Any, size: int, valid: Any, sub_chunk: int) 
     return TokenDecay(gates) if problem.kind == "token" else ChannelDecay(gates, sub_chunk)
 
 
-def _step(
-    problem: Problem, sub_chunk: int, carry: Any, arrays: Any, gates: Any, valid: Any, runs: Any, extras: Any
-) -> Any:
+def chunk_parts(
+    problem: Problem, sub_chunk: int, run: Any, arrays: Any, gates: Any, valid: Any, runs: Any, extras: Any
+) -> tuple[Parts, Any]:
+    """What is computed of chunks before the state comes by.
+
+    Args:
+        problem: what to compute.
+        sub_chunk: c, for decays a channel.
+        run: int32 `[B]`, the run of the state that comes by.
+        arrays: query, key, value, a and b as `Cut.split` makes them.
+        gates: log decays a token, likewise, or None.
+        valid: tokens of each chunk that are no filling, `[n]`.
+        runs: `[B, n, C]` or None.
+        extras: what `problem.features` wants.
+
+    Returns:
+        The parts `[B, H, n, ...]`, rows being those of all queries of a head, and the run of the last token.
+    """
     dtype, exclusive = problem.dtype, problem.read == "pre"
-    q, k, v = (x.astype(dtype) for x in arrays[:3])
-    a, b = (None if x is None else x.astype(dtype) for x in arrays[3:])
+    q, k, v, a, b = (None if x is None else _heads_first(x.astype(dtype)) for x in arrays)
+    assert q is not None and k is not None and v is not None
+    gates = None if gates is None else _heads_first(gates)
     size = k.shape[-2]
     if problem.features is not None:
         q, k, v = problem.features(q, k, v, extras)
         # Features of zeros need not be zero.
         k = jnp.where((np.arange(size) < valid[:, None])[..., None], k, 0)
     decay = _decay(problem, gates, size, valid, sub_chunk)
-    state, run = carry
     through, before = (np.tri(size, k=shift, dtype=bool) for shift in (0, -1))
     same = from_carry = at_end = None
     if runs is not None:
@@ -155,50 +155,63 @@ def _step(
             return x
         return jnp.where((tokens if x.ndim == 5 else tokens[:, :, :, None])[..., None], x, 0)
 
+    def all_rows(x: jax.Array) -> jax.Array:
+        """`[B, H, n, G, C, D]` -> `[B, H, n, G C, D]`."""
+        return x.reshape(*x.shape[:3], -1, x.shape[-1])
+
     q = q * problem.scale
     seen = before if exclusive else through
-    from_start = only(decay.since_start(q, exclusive=exclusive), from_carry)
     inside = masked(decay.scores(q, k, exclusive=exclusive), seen)
     if problem.bonus is not None:
         own = jnp.einsum("bhngid,hgd,bhnid->bhngi", q, problem.bonus, k)
         inside = inside + own[..., None] * np.eye(size, dtype=dtype)
-    kept, whole = only(decay.until_end(k), at_end), decay.whole()
+    whole = decay.whole()
     if runs is not None:
         stays = (carried == runs[..., -1]).swapaxes(0, 1)[:, None, :, None, None]
         whole = jnp.where(stays, whole, 0)
-    inner = Inner(whole, _dot("bhnid,bhniv->bhndv", kept, v), None, None, None)
-    if a is not None:
-        rows = a[:, :, :, None]
-        across = masked(decay.scores(rows, b, exclusive=True), before)[:, :, :, 0]
-        right = masked(decay.scores(rows, k, exclusive=True), before)[:, :, :, 0]
-        start = only(decay.since_start(rows, exclusive=True)[:, :, :, 0], from_carry)
-        inverse = unit_lower_inverse(across)
-        read = _dot("bhnij,bhnjv->bhniv", inverse, _dot("bhnij,bhnjv->bhniv", right, v))
-        carry_over = _dot("bhnij,bhnjd->bhnid", inverse, start)
-        inner = inner._replace(read=read, carry=carry_over, write=only(decay.until_end(b), at_end))
-    state, starts, reads = _through(state, inner)
-    out = _dot("bhngid,bhndv->bhngiv", from_start, starts) + _dot("bhngij,bhnjv->bhngiv", inside, v)
-    if a is not None:
-        also = masked(decay.scores(q, b, exclusive=exclusive), seen)
-        out = out + _dot("bhngij,bhnjv->bhngiv", also, reads)
-    return (state, run), out
+    parts = Parts(
+        rows=all_rows(only(decay.since_start(q, exclusive=exclusive), from_carry)),
+        inside=all_rows(inside),
+        value=v,
+        keys=only(decay.until_end(k), at_end),
+        decay=whole,
+    )
+    if a is None or b is None:
+        return parts, run
+    asking = a[:, :, :, None]
+    inverse = unit_lower_inverse(masked(decay.scores(asking, b, exclusive=True), before)[:, :, :, 0])
+    read = masked(decay.scores(asking, k, exclusive=True), before)[:, :, :, 0]
+    start = only(decay.since_start(asking, exclusive=True)[:, :, :, 0], from_carry)
+    return parts._replace(
+        read=dot(inverse, dot(read, v)),
+        carry=dot(inverse, start),
+        write=only(decay.until_end(b), at_end),
+        also=all_rows(masked(decay.scores(q, b, exclusive=exclusive), seen)),
+    ), run
 
 
-def _through(state: jax.Array, inner: Inner) -> tuple[jax.Array, jax.Array, Any]:
-    """Carry the state through the chunks of a step: the last one, those at every start, and what was read."""
-    count = inner.add.shape[2]
-    decays = jnp.broadcast_to(inner.decay, (*inner.decay.shape[:2], count, *inner.decay.shape[3:]))
+def _heads_first(x: jax.Array) -> jax.Array:
+    """`[B, n, C, H]`, `[B, n, C, H, D]` or `[B, n, C, H, G, D]` to `[B, H, n, C]`, `[B, H, n, (G,) C, D]`."""
+    return x.transpose({4: (0, 3, 1, 2), 5: (0, 3, 1, 2, 4), 6: (0, 3, 1, 4, 2, 5)}[x.ndim])
+
+
+def walk(state: jax.Array, parts: Parts) -> tuple[jax.Array, jax.Array]:
+    """Carry the state through chunks: outputs `[B, H, n, M, Dv]` and the last state."""
+    count = parts.keys.shape[2]
+    decays = jnp.broadcast_to(parts.decay, (*parts.decay.shape[:2], count, *parts.decay.shape[3:]))
+    added = dot(parts.keys.swapaxes(-1, -2), parts.value)
     starts, reads = [], []
     for i in range(count):
         starts.append(state)
-        new = decays[:, :, i] * state + inner.add[:, :, i]
-        if inner.read is not None:
-            read = inner.read[:, :, i] + _dot("bhid,bhdv->bhiv", inner.carry[:, :, i], state)
-            new = new + _dot("bhid,bhiv->bhdv", inner.write[:, :, i], read)
-            reads.append(read)
+        new = decays[:, :, i] * state + added[:, :, i]
+        if parts.read is not None:
+            reads.append(parts.read[:, :, i] + dot(parts.carry[:, :, i], state))
+            new = new + dot(parts.write[:, :, i].swapaxes(-1, -2), reads[-1])
         state = new
-    return state, jnp.stack(starts, 2), jnp.stack(reads, 2) if reads else None
+    out = dot(parts.rows, jnp.stack(starts, 2)) + dot(parts.inside, parts.value)
+    return (out + dot(parts.also, jnp.stack(reads, 2)) if reads else out), state
 
 
-def _dot(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    return jnp.einsum(subscripts, x, y, precision=HIGHEST)
+def dot(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Products of matrices in the last two axes."""
+    return jnp.matmul(x, y, precision=HIGHEST)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jattn.recurrence.arguments import check_rows
 from jattn.softmax.segments import renumber_segments
 
 
@@ -24,6 +25,30 @@ def runs_of(ids: jax.Array) -> jax.Array:
         [[0, 0, 0, 1, 2]]
     """
     return jnp.maximum(jax.lax.cummax(jnp.asarray(renumber_segments(ids)), axis=1), 0)
+
+
+def without_padding(segment_ids: Any, *arrays: Any) -> tuple[Any, ...]:
+    """Arrays `[B, T, ...]` with zeros at padding, for front ends that multiply before the engine hides it.
+
+    Args:
+        segment_ids: integers `[B, T]`, negative = padding; None for no padding.
+        *arrays: the arrays; None stays.
+
+    Returns:
+        The arrays.
+
+    Raises:
+        ValueError: ids that do not fit.
+
+    Example:
+        >>> without_padding(jnp.array([[0, -1]]), jnp.array([[2.0, jnp.nan]]))[0].tolist()
+        [[2.0, 0.0]]
+    """
+    if segment_ids is None:
+        return arrays
+    batch, length = next(x for x in arrays if x is not None).shape[:2]
+    real = check_rows("segment_ids", segment_ids, batch, length) >= 0
+    return tuple(x if x is None else jnp.where(real.reshape(*real.shape, *(1,) * (x.ndim - 2)), x, 0) for x in arrays)
 
 
 def running_sum(x: Any, runs: Any = None) -> jax.Array:

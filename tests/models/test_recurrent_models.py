@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from jattn.cache import FullCache, RecurrentState, WindowCache, nbytes
-from jattn.models import DecoderLM, Swap, TransformerConfig, generate
+from jattn.models import DecoderLM, Encoder, Swap, TransformerConfig, generate
 from jattn.probes import AttnHook
 
 CONFIG = TransformerConfig(vocab_size=17, features=16, num_layers=2, num_heads=4, num_kv_heads=2)
@@ -79,6 +79,4 @@ def test_what_a_recurrence_cannot_do_is_refused():
     with pytest.raises(ValueError, match="no logits"):
         model_of("GatedLinearAttention", TransformerConfig(vocab_size=5, features=8, num_heads=2, position="alibi"))
     with pytest.raises(ValueError, match="does not support 'noncausal self'"):
-        from jattn.models import Encoder
-
         Encoder(CONFIG, attention="GatedLinearAttention", rngs=nnx.Rngs(0))

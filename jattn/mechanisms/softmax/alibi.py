@@ -14,40 +14,10 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from jattn.mechanisms.entry import Cost, Entry, Paper
+from jattn.recurrence.decay_schedules import alibi_slopes
 from jattn.softmax.score_mods import Operand, ScoreMod
-
-
-def alibi_slopes(num_heads: int) -> np.ndarray:
-    """The slopes of N heads.
-
-    2^(-8 n / N) for a power of two; see the module for other N.
-
-    Args:
-        num_heads: N.
-
-    Returns:
-        float64 `[N]`.
-
-    Raises:
-        ValueError: N is not positive.
-
-    Example:
-        >>> alibi_slopes(4).tolist()
-        [0.25, 0.0625, 0.015625, 0.00390625]
-
-    Source: Train Short, Test Long (arXiv 2108.12409), published code for other N.
-    """
-    if num_heads < 1:
-        raise ValueError(f"num_heads must be at least 1, got {num_heads}")
-
-    def regular(heads: int) -> np.ndarray:
-        return 2.0 ** (-8.0 * np.arange(1, heads + 1) / heads)
-
-    power = 1 << (num_heads.bit_length() - 1)
-    return np.concatenate([regular(power), regular(2 * power)[0::2][: num_heads - power]])
 
 
 def _subtract_distance(logit, b, h, i, j, slopes):
