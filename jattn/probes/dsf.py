@@ -85,8 +85,9 @@ def to_dsf(
 
     linear attention: features phi(q), phi(k), scale 1, `normalizer` phi(q_i) . sum_{j <= i} phi(k_j); softmax: the same
     with `taylor_features`. Normalized attention: scale 1, `normalizer` exp(n). GLA, retention, TNL: `log_decay`. SSD:
-    query C, key B, log_decay dt A, scale 1, inputs dt x. Delta rules, RWKV-7: `a` and `b`. qLSTM: channels are heads
-    with D = 1: query sigmoid(o), key sigmoid(i), log_decay log Lam, all `[B, T, C, 1]`, scale 1.
+    query C, key dt B, log_decay dt A, scale 1, skip D. Delta rules: key and b beta k, a -exp(g) k. RWKV-7: a -kk, b
+    kk rate, scale 1. qLSTM: channels are heads with D = 1: query sigmoid(o), key sigmoid(i), log_decay log Lam, all
+    `[B, T, C, 1]`, scale 1.
 
     Args:
         query: `[B, T, N, D]`.
@@ -132,7 +133,7 @@ def to_dsf(
     given = {"query": (query, 2), "key": (key, 2), "a": (a, 2), "b": (b, 2), "normalizer": (normalizer, 2)}
     given["log_decay"] = (gates, 0 if jnp.ndim(gates) == 1 else 2) if gates is not None else (None, 0)
     counts = [jnp.shape(x)[axis] for x, axis in given.values() if x is not None]
-    heads = max(counts)
+    heads = math.lcm(*counts)
 
     def spread(name: str, shapes: tuple[tuple[int, ...], ...]) -> Any:
         x, axis = given[name]

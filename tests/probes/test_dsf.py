@@ -186,6 +186,43 @@ def test_ssd_is_linear_attention_with_a_normalizer():
         close(mixed(with_skip, value) - mixed(plain, value), skip[:, None] * value)
 
 
+def test_every_front_end_is_such_a_system():
+    query, key, value = inputs()
+    random = np.random.default_rng(6)
+    unit = key / np.linalg.norm(key, axis=-1, keepdims=True)
+    beta, rate = random.uniform(0.1, 1.9, size=(B, T, N)), random.uniform(size=(B, T, N, D))
+    write = beta[..., None] * unit
+    step, slopes, skip = random.uniform(0.1, 1, size=(B, T, N)), np.array([-0.5, -2.0]), np.array([0.3, 2.0])
+    token, channel = gates("token"), gates("channel")
+
+    def delta(g):
+        return {"a": -np.exp(0 if g is None else g if g.ndim == 4 else g[..., None]) * unit, "b": write, "log_decay": g}
+
+    with jax.enable_x64(True):
+        for name, given, arguments in (
+            ("delta_rule", (query, unit, value, beta), {"key": write, **delta(None)}),
+            ("gated_delta_rule", (query, unit, value, beta, token), {"key": write, **delta(token)}),
+            ("kda", (query, unit, value, beta, channel), {"key": write, **delta(channel)}),
+            (
+                "rwkv7",
+                (query, key, value, unit, rate, channel),
+                {"key": key, "a": -unit, "b": unit * rate, "log_decay": channel, "scale": 1.0},
+            ),
+            (
+                "ssd",
+                (query, key, value, step, slopes, skip),
+                {"key": step[..., None] * key, "log_decay": step * slopes, "scale": 1.0, "skip": skip},
+            ),
+        ):
+            close(mixed(to_dsf(query, **arguments), value), jattn.get(name)(*given))
+        few = {"log_decay": gates("head")[:1], **{k: x[:, :, :1] for k, x in corrections(key).items()}}
+        close(mixed(to_dsf(query, key, **few), value), jattn.linear_recurrence(query, key, value, **few))
+        for place in ({"key": key[:, :, :1].repeat(3, 2)}, {"key": key}):
+            wide = np.concatenate([query] * 3, 2)
+            system = to_dsf(wide, **place, log_decay=gates("head"))
+            close(mixed(system, value), jattn.linear_recurrence(wide, value=value, **place, log_decay=gates("head")))
+
+
 def test_softmax_is_the_limit_of_taylor_features():
     query, key, value = inputs()
     query, key = query / 2, key / 2
