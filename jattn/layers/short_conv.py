@@ -8,7 +8,7 @@ convolution sees the tokens of a run as if they stood side by side.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,26 +64,57 @@ def causal_short_conv(
         whole = jnp.concatenate([tail.astype(x.dtype), x], 1)
         y = sum(kernel[w] * whole[:, w : w + length] for w in range(width))
         return (y if bias is None else y + bias), whole[:, length:]
-    ids = jnp.broadcast_to(jnp.asarray(segment_ids), (batch, length))
-    real = ids >= 0
-    order = jnp.argsort(~real, axis=1, stable=True)
-
-    def picked(array: jax.Array, index: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(array, index.reshape(*index.shape, *(1,) * (array.ndim - 2)), axis=1)
-
-    whole = jnp.concatenate([tail.astype(x.dtype), picked(jnp.where(real[..., None], x, 0), order)], 1)
-    runs = jnp.pad(picked(runs_of(ids), order), [(0, 0), (width - 1, 0)])
+    row = pack(x, tail, segment_ids)
 
     def of_run(w: int) -> jax.Array:
-        own = runs[:, w : w + length] == runs[:, width - 1 :]
-        return jnp.where(own[..., None], whole[:, w : w + length], 0)
+        own = row.runs[:, w : w + length] == row.runs[:, width - 1 :]
+        return jnp.where(own[..., None], row.tokens[:, w : w + length], 0)
 
     y = sum(kernel[w] * of_run(w) for w in range(width))
-    y = picked(y if bias is None else y + bias, jnp.argsort(order, axis=1))
-    ends = jnp.sum(real, axis=1, dtype=jnp.int32)[:, None] + jnp.arange(width - 1)
-    last = picked(runs, ends[:, -1:]) if width > 1 else runs[:, :0]
-    kept = jnp.where((picked(runs, ends) == last)[..., None], picked(whole, ends), 0)
-    return jnp.where(real[..., None], y, 0), kept
+    return row.unpack(y if bias is None else y + bias), row.tail(width - 1)
+
+
+class PackedRow(NamedTuple):
+    """The tokens of each row without its padding, behind what came before them."""
+
+    tokens: jax.Array
+    """`[B, W - 1 + T, M]`: the tail, the real tokens, then zeros."""
+    runs: jax.Array
+    """int32 `[B, W - 1 + T]`; the tail belongs to the first run."""
+    order: jax.Array
+    """int `[B, T]`: where the tokens stood."""
+    real: jax.Array
+    """bool `[B, T]`: which places of the row hold a token."""
+
+    def unpack(self, y: jax.Array) -> jax.Array:
+        """`[B, T, M]` for the packed tokens to what stands at their places, 0 at padding."""
+        return jnp.where(self.real[..., None], _picked(y, jnp.argsort(self.order, axis=1)), 0)
+
+    def tail(self, count: int) -> jax.Array:
+        """The last inputs of the last run, `[B, count, M]`."""
+        ends = jnp.sum(self.real, axis=1, dtype=jnp.int32)[:, None] + jnp.arange(count)
+        last = _picked(self.runs, ends[:, -1:]) if count else self.runs[:, :0]
+        return jnp.where((_picked(self.runs, ends) == last)[..., None], _picked(self.tokens, ends), 0)
+
+
+def pack(x: jax.Array, tail: jax.Array, segment_ids: Any) -> PackedRow:
+    """Push the tokens of each row together, so that no padding stands between them.
+
+    Args:
+        x: `[B, T, M]`.
+        tail: `[B, W - 1, M]`, what came before.
+        segment_ids: integers that broadcast to `[B, T]`; negative = padding.
+    """
+    ids = jnp.broadcast_to(jnp.asarray(segment_ids), x.shape[:2])
+    real = ids >= 0
+    order = jnp.argsort(~real, axis=1, stable=True)
+    tokens = jnp.concatenate([tail.astype(x.dtype), _picked(jnp.where(real[..., None], x, 0), order)], 1)
+    runs = jnp.pad(_picked(runs_of(ids), order), [(0, 0), (tail.shape[1], 0)])
+    return PackedRow(tokens, runs, order, real)
+
+
+def _picked(array: jax.Array, index: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(array, index.reshape(*index.shape, *(1,) * (array.ndim - 2)), axis=1)
 
 
 class ShortConv(nnx.Module):

@@ -8,7 +8,7 @@ from jattn.models.encoder_decoder import EncoderDecoder
 from jattn.models.generate import Generated, filter_logits, generate, sample
 from jattn.models.resolve import resolve
 from jattn.models.stream import Stream
-from jattn.models.swap import Swap
+from jattn.models.swap import Swap, hybrid
 from jattn.models.vit import ViT
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "ViT",
     "filter_logits",
     "generate",
+    "hybrid",
     "resolve",
     "sample",
 ]

@@ -50,6 +50,32 @@ class Swap:
         return hash((self.name, repr(sorted(self.options.items())), self.layers, self.heads))
 
 
+def hybrid(mixers: Sequence[str | Swap], num_layers: int) -> list[Swap]:
+    """Let layers take mechanisms in turn: layer i has mixers[i mod len(mixers)].
+
+    Args:
+        mixers: names, or swaps with options of their own.
+        num_layers: L.
+
+    Returns:
+        What the `attention` argument of a model takes.
+
+    Raises:
+        ValueError: no mixers, or swaps that name their layers.
+
+    Example:
+        >>> [swap.layers for swap in hybrid(["BaseConv", Swap("SelectiveLookup", {"num_lookups": 8})], 5)]
+        [(0, 2, 4), (1, 3)]
+    """
+    swaps = [Swap(mixer) if isinstance(mixer, str) else mixer for mixer in mixers]
+    if not swaps or any(swap.layers is not None for swap in swaps):
+        raise ValueError("mixers must be names or swaps, at least one, and their turn says which layers they have")
+    count = len(swaps)
+    # With fewer layers than mixers the last ones have none.
+    turns = [(swap, range(i, num_layers, count)) for i, swap in enumerate(swaps)]
+    return [dataclasses.replace(swap, layers=layers) for swap, layers in turns if layers]
+
+
 Attention = str | Swap | Sequence[Swap]
 """What models take: a name for all layers, or swaps over softmax attention, of which later ones win."""
 

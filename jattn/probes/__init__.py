@@ -4,6 +4,8 @@ from jattn.probes.attention import attention
 from jattn.probes.attention_entropy import attention_entropy
 from jattn.probes.capture import capture, for_layers
 from jattn.probes.composing import compose
+from jattn.probes.dsf import Dsf, dsf_matrix, dsf_scan, taylor_features, to_dsf
+from jattn.probes.dsf_summary import DsfSummary, dsf_summary
 from jattn.probes.hook import INPUTS, OBSERVABLE, AttnHook, Reweight, per_query_head, redistribute, renormalize
 from jattn.probes.induction_score import induction_rows, induction_score
 from jattn.probes.kept_mass import kept_mass, kept_mass_of_lse
@@ -15,12 +17,17 @@ __all__ = [
     "INPUTS",
     "OBSERVABLE",
     "AttnHook",
+    "Dsf",
+    "DsfSummary",
     "Reweight",
     "attention",
     "attention_entropy",
     "capture",
     "column_counts",
     "compose",
+    "dsf_matrix",
+    "dsf_scan",
+    "dsf_summary",
     "for_layers",
     "heads_summary",
     "induction_rows",
@@ -36,6 +43,8 @@ __all__ = [
     "residual_norms",
     "sink_mass",
     "sink_rate",
+    "taylor_features",
+    "to_dsf",
     "top_heads",
     "weights_by_rows",
 ]
