@@ -1,8 +1,8 @@
 """Linear recurrences between chunks on NVIDIA GPUs: a program a row and block of value columns, the state in registers.
 
 Columns of the state never meet, so blocks of them are walked along independently; what they share of the gradients is
-summed afterwards, block by block in order, without atomics. All sizes are filled up to powers of two. Matrices of a chunk
-pass through shared memory: in float32, GPUs that have 99 KiB of it take chunks of 32 tokens, not of 64.
+summed afterwards, block by block in order, without atomics. All sizes are filled up to powers of two. Matrices of a
+chunk pass through shared memory: in float32, GPUs that have 99 KiB of it take chunks of 32 tokens, not of 64.
 """
 
 from __future__ import annotations
