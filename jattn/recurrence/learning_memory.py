@@ -123,7 +123,7 @@ class Learner(NamedTuple):
     """What stays the same from block to block."""
 
     first: Any
-    """The weights that every run starts with, `[B, H, in, out]`."""
+    """The weights and the momentum that every run starts with, matrices `[B, H, in, out]`."""
     residual: bool
     update: str
     chunk_size: int
@@ -164,9 +164,8 @@ class Learner(NamedTuple):
 
     def fresh(self, means: Any) -> tuple[Any, Any]:
         """Parts and means at the start of a run."""
-        nothing = jax.tree.map(jnp.zeros_like, self.first)
-        parts = (self.first, nothing) if self.update == "token" else (self.first, nothing, nothing)
-        return parts, jax.tree.map(jnp.zeros_like, means)
+        parts, nothing = self.first, jax.tree.map(jnp.zeros_like, (self.first[0], means))
+        return parts if self.update == "token" else (*parts, nothing[0]), nothing[1]
 
 
 class Rows(NamedTuple):
@@ -182,10 +181,6 @@ def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.where(condition.reshape(-1, *(1,) * (x.ndim - 1)), x, y), yes, no)
 
 
-def _among(member: jax.Array, yes: jax.Array, no: Any) -> jax.Array:
-    return jnp.where(member[:, None, None, :, None], yes, no)
-
-
 def _aligned_step(learner: Learner, is_chunk: bool, carry: Any, block: Any) -> tuple[Any, jax.Array]:
     """A block of a row that started at a border, so that no chunk ends inside of a block."""
     parts, held, means = carry
@@ -197,29 +192,32 @@ def _aligned_step(learner: Learner, is_chunk: bool, carry: Any, block: Any) -> t
 
 
 def _general_step(learner: Learner, several: bool, carry: Any, block: Any) -> tuple[Any, jax.Array]:
-    """A block in three phases: what the chunk under way still takes, the next chunk, later runs."""
-    parts, held, means, run, chunk = carry
+    """A block in up to three phases: what the chunk under way still takes, the next chunk, later runs."""
+    *memory, run, chunk = carry
     tokens, (real, runs, seen) = block
-    size = learner.chunk_size
-    own, place = real & (runs == run[:, None]), (seen - 1) // size - chunk[:, None]
-    member = own & (place == 0)
-    out, parts, means = learner.phase(held or parts[0], parts, means, tokens, member, seen)
-    out = _among(member, out, 0)
-    held = _choose((member & (seen % size == 0)).any(1), parts[0], held)
-    if real.shape[1] > 1:
-        member = own & (place == 1)
-        found, parts, means = learner.phase(held or parts[0], parts, means, tokens, member, seen)
-        out = _among(member, found, out)
-    if several:
-        member, same = real & (runs > run[:, None]), runs[:, :, None] == runs[:, None]
-        start, nothing = learner.fresh(means)
-        found, *after = learner.phase(learner.first, start, nothing, tokens, member, seen, same)
-        out, last = _among(member, found, out), runs[:, -1]
-        parts, means = _choose(last > run, tuple(after), (parts, means))
-        done = (member & same[:, -1] & (seen % size == 0)).any(1)
-        held = _choose(last > run, _choose(done, after[0][0], learner.first), held) if held else held
-        run = last
-    return (parts, held, means, run, seen[:, -1] // size), out
+    own, place, last = real & (runs == run[:, None]), (seen - 1) // learner.chunk_size - chunk[:, None], runs[:, -1]
+    members = [own & (place == 0), own & (place == 1), real & (runs > run[:, None])]
+    members = members[: 3 if several else 2] if real.shape[1] > 1 else members[:: 2 if several else 3]
+    is_new = jnp.arange(len(members)) == (len(members) - 1 if several else -1)
+    start, nothing = learner.fresh(memory[2])
+    fresh = (start, start[0] if memory[1] else (), nothing)
+
+    def phase(before: Any, which: Any) -> tuple[Any, jax.Array]:
+        member, new = which
+        # Later runs may be several, of which the last one goes on; all others of a phase are of one.
+        same = (runs[:, :, None] == runs[:, None]) | ~new if several else None
+        parts, held, means = (
+            jax.tree.map(lambda x, y: jnp.where(new, x, y), fresh, tuple(before)) if several else before
+        )
+        out, parts, means = learner.phase(held or parts[0], parts, means, tokens, member, seen, same)
+        done = member & (seen % learner.chunk_size == 0)
+        held = _choose((done if same is None else done & same[:, -1]).any(1), parts[0], held) if held else held
+        after = (parts, held, means)
+        after = _choose(~new | (last > run), after, tuple(before)) if several else after
+        return after, jnp.where(member[:, None, None, :, None], out, 0)
+
+    after, outs = jax.lax.scan(phase, tuple(memory), (jnp.stack(members), is_new))
+    return (*after, last, seen[:, -1] // learner.chunk_size), outs.sum(0)
 
 
 def run_memory(
@@ -234,6 +232,7 @@ def run_memory(
     chunk_size: int,
     update: str = "token",
     residual: bool = False,
+    momentum: Any = None,
     state: MemoryState | None = None,
     segment_ids: Any = None,
     at_border: bool = False,
@@ -252,6 +251,7 @@ def run_memory(
         chunk_size: b.
         update: "token" or "chunk".
         residual: of `apply_memory`.
+        momentum: S that every run starts with, like the weights; zeros if None.
         state: what earlier tokens left behind; it belongs to the first run.
         segment_ids: int `[B, T]`, negative = padding, which is skipped; None for one run.
         at_border: the state is known to stand at a border.
@@ -266,8 +266,11 @@ def run_memory(
     arrays = [x.astype(dtype) for x in (query, key, value, log_keep, log_momentum, step)]
     if ids is not None:
         arrays = [jnp.where((ids >= 0).reshape(batch, length, *(1,) * (x.ndim - 2)), x, 0) for x in arrays]
-    first = tuple(jnp.broadcast_to(w, (batch, *w.shape[-3:])).astype(dtype) for w in weights)
-    learner = Learner(first, residual, update, chunk_size)
+    first, push = (
+        tuple(jnp.broadcast_to(w, (batch, *w.shape[-3:])).astype(dtype) for w in matrices)
+        for matrices in (weights, jax.tree.map(jnp.zeros_like, weights) if momentum is None else momentum)
+    )
+    learner = Learner((first, push), residual, update, chunk_size)
     if state is None:
         means = jnp.zeros((batch, heads, 2), dtype) if update == "chunk" else ()
         parts, means = learner.fresh(means)
@@ -283,7 +286,7 @@ def run_memory(
     aligned = ids is None and at_border and (chunk_size % size == 0 or length <= chunk_size)
     blocks = _blocks(arrays, rows, heads, size)
     parts, held, means, position = jax.tree.map(
-        lambda x: varying_like(x, *arrays, *first, *jax.tree.leaves((parts, held, means, ids))),
+        lambda x: varying_like(x, *arrays, *first, *push, *jax.tree.leaves((parts, held, means, ids))),
         (parts, held, means, position),
     )
     count = blocks[1].real.shape[0]
@@ -308,6 +311,22 @@ def run_memory(
     return out, MemoryState(parts[0], parts[1], held, means, rows.seen[:, -1] % chunk_size)
 
 
+def places_in_runs(ids: jax.Array) -> jax.Array:
+    """Positions of tokens in their runs; padding is not counted, and has the position of the token before it.
+
+    Args:
+        ids: int `[B, T]`, negative = padding.
+
+    Returns:
+        int32 `[B, T]`; -1 before the first token.
+
+    Example:
+        >>> places_in_runs(jnp.array([[-1, 5, 5, -1, 5, 2]])).tolist()
+        [[-1, 0, 1, 1, 2, 0]]
+    """
+    return running_sum((ids >= 0).astype(jnp.int32), runs_of(ids)) - 1
+
+
 def _rows(ids: Any, position: Any, batch: int, length: int) -> Rows:
     if ids is None:
         seen = jnp.arange(1, length + 1, dtype=jnp.int32)[None]
@@ -315,7 +334,7 @@ def _rows(ids: Any, position: Any, batch: int, length: int) -> Rows:
         shape = (batch, length)
         return Rows(jnp.ones(shape, bool), jnp.zeros(shape, jnp.int32), jnp.broadcast_to(seen, shape))
     runs = runs_of(ids)
-    seen = running_sum((ids >= 0).astype(jnp.int32), runs)
+    seen = places_in_runs(ids) + 1
     if position is not None:
         seen = seen + jnp.where(runs == 0, position[:, None], 0)
     return Rows(ids >= 0, runs, seen)

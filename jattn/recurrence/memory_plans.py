@@ -79,7 +79,7 @@ def chunk_plan(tokens: Tokens, member: jax.Array, same: Any, last: jax.Array, me
     collected = means[:, :, None] + jnp.where(seen[..., None], shares[:, :, None], 0).sum(-2)
     keep, momentum = collected[..., 0], collected[..., 1]
     step = jnp.where(member[:, None], tokens.step, 0)
-    due = last[:, None].astype(step.dtype)
+    due = jnp.broadcast_to(last[:, None].astype(step.dtype), step.shape)
     write = -jnp.where(seen, step[..., None, :], 0)
     read = jnp.stack([1 + due * (keep - 1), due * momentum, -due], 2)
     # Whether the chunk that the last row belongs to is complete; its step then is that of its last token.
