@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jattn.recurrence.memory_blocks import Phases, Rows, choose, in_blocks
 from jattn.recurrence.memory_plans import PLANS, Tokens, dot
 from jattn.recurrence.problem import varying_like
-from jattn.recurrence.segments import running_sum, runs_of
 
 BLOCK = 64
 """Tokens that are computed at once at most; longer chunks are computed in blocks, with the border's weights kept."""
@@ -119,6 +119,14 @@ def _gradients(weights: Any, tokens: Tokens, residual: bool) -> tuple[Any, Any]:
     return inputs, errors
 
 
+def start_state(weights: Any, momentum: Any, update: str) -> MemoryState:
+    """The memory at a border, from matrices `[B, H, in, out]`."""
+    batch, heads = weights[0].shape[:2]
+    nothing = jax.tree.map(jnp.zeros_like, weights)
+    means = jnp.zeros((batch, heads, 2), weights[0].dtype) if update == "chunk" else ()
+    return MemoryState(weights, momentum, nothing if update == "chunk" else weights, means, jnp.zeros(batch, jnp.int32))
+
+
 class Learner(NamedTuple):
     """What stays the same from block to block."""
 
@@ -168,56 +176,39 @@ class Learner(NamedTuple):
         return parts if self.update == "token" else (*parts, nothing[0]), nothing[1]
 
 
-class Rows(NamedTuple):
-    """What is known of every token beforehand, `[B, T]`."""
-
-    real: Any
-    runs: Any
-    seen: Any
-    """Tokens of its run up to and including it; those before the first are counted from the last border."""
-
-
-def _choose(condition: jax.Array, yes: Any, no: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.where(condition.reshape(-1, *(1,) * (x.ndim - 1)), x, y), yes, no)
-
-
 def _aligned_step(learner: Learner, is_chunk: bool, carry: Any, block: Any) -> tuple[Any, jax.Array]:
     """A block of a row that started at a border, so that no chunk ends inside of a block."""
     parts, held, means = carry
     tokens, rows = block
     border = parts[0] if is_chunk else held or parts[0]
     out, parts, means = learner.phase(border, parts, means, tokens, rows.real, rows.seen)
-    held = _choose(rows.seen[:, -1] % learner.chunk_size == 0, parts[0], border) if held else held
+    held = choose(rows.seen[:, -1] % learner.chunk_size == 0, parts[0], border) if held else held
     return (parts, held, means), out
 
 
 def _general_step(learner: Learner, several: bool, carry: Any, block: Any) -> tuple[Any, jax.Array]:
-    """A block in up to three phases: what the chunk under way still takes, the next chunk, later runs."""
+    """A block in its phases."""
     *memory, run, chunk = carry
-    tokens, (real, runs, seen) = block
-    own, place, last = real & (runs == run[:, None]), (seen - 1) // learner.chunk_size - chunk[:, None], runs[:, -1]
-    members = [own & (place == 0), own & (place == 1), real & (runs > run[:, None])]
-    members = members[: 3 if several else 2] if real.shape[1] > 1 else members[:: 2 if several else 3]
-    is_new = jnp.arange(len(members)) == (len(members) - 1 if several else -1)
+    tokens, rows = block
+    phases, last = Phases.of(rows, run, chunk, learner.chunk_size, several), rows.runs[:, -1]
     start, nothing = learner.fresh(memory[2])
     fresh = (start, start[0] if memory[1] else (), nothing)
 
     def phase(before: Any, which: Any) -> tuple[Any, jax.Array]:
-        member, new = which
-        # Later runs may be several, of which the last one goes on; all others of a phase are of one.
-        same = (runs[:, :, None] == runs[:, None]) | ~new if several else None
-        parts, held, means = (
-            jax.tree.map(lambda x, y: jnp.where(new, x, y), fresh, tuple(before)) if several else before
-        )
-        out, parts, means = learner.phase(held or parts[0], parts, means, tokens, member, seen, same)
-        done = member & (seen % learner.chunk_size == 0)
-        held = _choose((done if same is None else done & same[:, -1]).any(1), parts[0], held) if held else held
+        member, is_new = which
+        same = phases.same_in(is_new)
+        parts, held, means = before
+        if several:
+            parts, held, means = jax.tree.map(lambda x, y: jnp.where(is_new, x, y), fresh, before)
+        out, parts, means = learner.phase(held or parts[0], parts, means, tokens, member, rows.seen, same)
+        done = member & (rows.seen % learner.chunk_size == 0)
+        held = choose((done if same is None else done & same[:, -1]).any(1), parts[0], held) if held else held
         after = (parts, held, means)
-        after = _choose(~new | (last > run), after, tuple(before)) if several else after
+        after = choose(~is_new | (last > run), after, before) if several else after
         return after, jnp.where(member[:, None, None, :, None], out, 0)
 
-    after, outs = jax.lax.scan(phase, tuple(memory), (jnp.stack(members), is_new))
-    return (*after, last, seen[:, -1] // learner.chunk_size), outs.sum(0)
+    after, outs = jax.lax.scan(phase, tuple(memory), (phases.members, phases.is_new))
+    return (*after, last, rows.seen[:, -1] // learner.chunk_size), outs.sum(0)
 
 
 def run_memory(
@@ -237,6 +228,7 @@ def run_memory(
     segment_ids: Any = None,
     at_border: bool = False,
     one_run: bool = False,
+    padding_last: bool = False,
 ) -> tuple[jax.Array, MemoryState]:
     """Write tokens into a memory and read it at each.
 
@@ -256,6 +248,7 @@ def run_memory(
         segment_ids: int `[B, T]`, negative = padding, which is skipped; None for one run.
         at_border: the state is known to stand at a border.
         one_run: ids only mark padding.
+        padding_last: and it stands at the end.
 
     Returns:
         `[B, T, N, V]` in the dtype of states, and the state after the last token.
@@ -271,20 +264,16 @@ def run_memory(
         for matrices in (weights, jax.tree.map(jnp.zeros_like, weights) if momentum is None else momentum)
     )
     learner = Learner((first, push), residual, update, chunk_size)
-    if state is None:
-        means = jnp.zeros((batch, heads, 2), dtype) if update == "chunk" else ()
-        parts, means = learner.fresh(means)
-        position = jnp.zeros(batch, jnp.int32)
-        at_border, held = True, first if update == "token" else ()
-    else:
-        state = jax.tree.map(lambda x: x if x.dtype.kind == "i" else x.astype(dtype), state)
-        kept = (state.weights, state.momentum)
-        parts = kept if update == "token" else (*kept, state.held)
-        held, means, position = state.held if update == "token" else (), state.means, state.position
+    at_border = at_border or state is None
+    state = start_state(first, push, update) if state is None else state
+    state = jax.tree.map(lambda x: x if x.dtype.kind == "i" else x.astype(dtype), state)
+    is_token = update == "token"
+    parts = (state.weights, state.momentum) if is_token else (state.weights, state.momentum, state.held)
+    held, means, position = state.held if is_token else (), state.means, state.position
     size = min(chunk_size, BLOCK, length)
-    rows = _rows(ids, None if at_border else position, batch, length)
-    aligned = ids is None and at_border and (chunk_size % size == 0 or length <= chunk_size)
-    blocks = _blocks(arrays, rows, heads, size)
+    rows = Rows.of(ids, None if at_border else position, batch, length)
+    aligned = (ids is None or padding_last) and at_border and (chunk_size % size == 0 or length <= chunk_size)
+    blocks = (_tokens(arrays, heads, size), rows.cut(size))
     parts, held, means, position = jax.tree.map(
         lambda x: varying_like(x, *arrays, *first, *push, *jax.tree.leaves((parts, held, means, ids))),
         (parts, held, means, position),
@@ -307,49 +296,12 @@ def run_memory(
         carry, out = jax.lax.scan(body, carry, blocks)
     parts, held, means = carry[:3]
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, -1, query.shape[2], out.shape[-1])[:, :length]
-    held = held if update == "token" else parts[2]
+    held = held if is_token else parts[2]
     return out, MemoryState(parts[0], parts[1], held, means, rows.seen[:, -1] % chunk_size)
 
 
-def places_in_runs(ids: jax.Array) -> jax.Array:
-    """Positions of tokens in their runs; padding is not counted, and has the position of the token before it.
-
-    Args:
-        ids: int `[B, T]`, negative = padding.
-
-    Returns:
-        int32 `[B, T]`; -1 before the first token.
-
-    Example:
-        >>> places_in_runs(jnp.array([[-1, 5, 5, -1, 5, 2]])).tolist()
-        [[-1, 0, 1, 1, 2, 0]]
-    """
-    return running_sum((ids >= 0).astype(jnp.int32), runs_of(ids)) - 1
-
-
-def _rows(ids: Any, position: Any, batch: int, length: int) -> Rows:
-    if ids is None:
-        seen = jnp.arange(1, length + 1, dtype=jnp.int32)[None]
-        seen = seen if position is None else seen + position[:, None]
-        shape = (batch, length)
-        return Rows(jnp.ones(shape, bool), jnp.zeros(shape, jnp.int32), jnp.broadcast_to(seen, shape))
-    runs = runs_of(ids)
-    seen = places_in_runs(ids) + 1
-    if position is not None:
-        seen = seen + jnp.where(runs == 0, position[:, None], 0)
-    return Rows(ids >= 0, runs, seen)
-
-
-def _blocks(arrays: Any, rows: Rows, heads: int, size: int) -> tuple[Tokens, Rows]:
-    """Tokens and rows with an axis of blocks before all others, the last block filled up with padding."""
-    length = arrays[0].shape[1]
-    extra = -length % size
-
-    def cut(x: jax.Array, mode: str = "constant") -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2), mode=mode) if extra else x
-        return x.reshape(x.shape[0], -1, size, *x.shape[2:]).swapaxes(0, 1)
-
-    query, key, value, *gates = map(cut, arrays)
+def _tokens(arrays: Any, heads: int, size: int) -> Tokens:
+    """Arrays `[B, T, heads, ...]` in blocks, heads first."""
+    query, key, value, *gates = (in_blocks(x, size) for x in arrays)
     query = query.reshape(*query.shape[:3], heads, -1, query.shape[-1]).transpose(0, 1, 3, 4, 2, 5)
-    tokens = Tokens(query, key.swapaxes(2, 3), value.swapaxes(2, 3), *(x.swapaxes(2, 3) for x in gates))
-    return tokens, Rows(cut(rows.real), cut(rows.runs, "edge"), cut(rows.seen, "edge"))
+    return Tokens(query, key.swapaxes(2, 3), value.swapaxes(2, 3), *(x.swapaxes(2, 3) for x in gates))

@@ -28,7 +28,8 @@ from jattn.layers.sharding import axes
 from jattn.layers.short_conv import ShortConv
 from jattn.mechanisms.entry import Cost, Entry, LayerExample, Paper
 from jattn.mechanisms.examples import normal
-from jattn.recurrence.learning_memory import MemoryState, apply_memory, places_in_runs, run_memory
+from jattn.recurrence.learning_memory import MemoryState, apply_memory, run_memory, start_state
+from jattn.recurrence.memory_blocks import places_in_runs
 from jattn.recurrence.memory_plans import PLANS
 
 
@@ -128,9 +129,11 @@ class NeuralMemory(RecurrentLayer):
         self.query = HeadProjection(features, num_heads, head_dim, **shared)
         self.key = HeadProjection(features, kv_heads, head_dim, axis="kv_heads", **shared)
         self.value = HeadProjection(features, kv_heads, value_dim, axis="kv_heads", **shared)
-        self.query_conv = ShortConv(num_heads * head_dim, conv_width, **shared)
-        self.key_conv = ShortConv(kv_heads * head_dim, conv_width, **shared)
-        self.value_conv = ShortConv(kv_heads * value_dim, conv_width, **shared)
+        # From here to the answer everything is float32 at least, as the memory is: the convolutions have no dtype.
+        of_conv: dict[str, Any] = {"param_dtype": param_dtype, "rngs": rngs}
+        self.query_conv = ShortConv(num_heads * head_dim, conv_width, **of_conv)
+        self.key_conv = ShortConv(kv_heads * head_dim, conv_width, **of_conv)
+        self.value_conv = ShortConv(kv_heads * value_dim, conv_width, **of_conv)
 
         def gate(bias: float) -> nnx.Linear:
             return nnx.Linear(
@@ -156,6 +159,16 @@ class NeuralMemory(RecurrentLayer):
     def weights(self) -> tuple[jax.Array, ...]:
         """W_0, matrices `[K, in, out]`."""
         return tuple(matrix.get_value() for matrix in self.memory)
+
+    def start(self, batch: int, dtype: Any) -> tuple[MemoryState, tuple[jax.Array, ...]]:
+        """The memory before any token, and the tails of the three convolutions, float32 at least."""
+        wide = jnp.promote_types(dtype, jnp.float32)
+        weights = tuple(jnp.broadcast_to(w, (batch, *w.shape)).astype(wide) for w in self.weights())
+        tails = (
+            jnp.zeros((batch, conv.width - 1, conv.kernel.get_value().shape[1]), wide)
+            for conv in (self.query_conv, self.key_conv, self.value_conv)
+        )
+        return start_state(weights, jax.tree.map(jnp.zeros_like, weights), self.update), tuple(tails)
 
     def queries(
         self, x: jax.Array, *, segment_ids: Any = None, positions: Any = None, tail: Any = None, lead: Any = None
@@ -192,12 +205,15 @@ class NeuralMemory(RecurrentLayer):
         gates = jax.nn.log_sigmoid(-alpha), jax.nn.log_sigmoid(eta), self.theta_max * jax.nn.sigmoid(theta)
         return MemoryInputs(key, value, *gates), (key_tail, value_tail)
 
+    def rounded(self, o: jax.Array, x: jax.Array) -> jax.Array:
+        """An answer in the dtype in which the layer computes on x."""
+        return o.astype(self.dtype or jnp.promote_types(x.dtype, self.query.kernel.get_value().dtype))
+
     def read(self, query: jax.Array, weights: Any) -> jax.Array:
         """M(q; W) with the same weights `[B, K, in, out]` for all queries `[B, T, N, D]`, without a write."""
         groups = query.reshape(*query.shape[:2], weights[0].shape[-3], -1, query.shape[-1]).transpose(0, 2, 3, 1, 4)
-        wide = groups.astype(jnp.promote_types(query.dtype, jnp.float32))
-        found = apply_memory(weights, wide, residual=self.residual).transpose(0, 3, 1, 2, 4)
-        return found.reshape(*query.shape[:3], -1).astype(query.dtype)
+        found = apply_memory(weights, groups, residual=self.residual).transpose(0, 3, 1, 2, 4)
+        return found.reshape(*query.shape[:3], -1)
 
     def write_and_read(
         self,
@@ -218,7 +234,7 @@ class NeuralMemory(RecurrentLayer):
             **options: segment_ids, at_border, one_run of `run_memory`.
         """
         weights, momentum = (self.weights(), None) if first is None else first
-        o, after = run_memory(
+        return run_memory(
             query,
             *inputs,
             weights,
@@ -229,7 +245,6 @@ class NeuralMemory(RecurrentLayer):
             residual=self.residual,
             **options,
         )
-        return o.astype(query.dtype), after
 
     def mix(
         self,
@@ -260,7 +275,7 @@ class NeuralMemory(RecurrentLayer):
             one_run=state is not None,
         )
         aux = (after.held, after.momentum, after.means, after.position)
-        return o, RecurrentState(after.weights, aux, (query_tail, *rest)), {}
+        return self.rounded(o, x), RecurrentState(after.weights, aux, (query_tail, *rest)), {}
 
     def output(self, o: jax.Array, x: jax.Array) -> jax.Array:
         """See `RecurrentLayer`."""
@@ -275,7 +290,8 @@ def memory_state(state: RecurrentState) -> MemoryState:
 
 def _convolved(conv: ShortConv, x: jax.Array, segment_ids: Any, tail: Any, lead: Any) -> tuple[jax.Array, jax.Array]:
     """silu(conv(x)) for heads `[B, T, heads, width]`, and the tail."""
-    y, tail = conv(x.reshape(*x.shape[:2], -1), segment_ids=segment_ids, cache=tail)[:2]
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y, tail = conv(wide.reshape(*x.shape[:2], -1), segment_ids=segment_ids, cache=tail)[:2]
     if lead is not None:
         # What the tokens before a document still add to its first ones.
         added = conv(jnp.zeros_like(lead), cache=lead).output[0]
