@@ -6,9 +6,23 @@ What a mechanism is, its own tests say; here is only what all of them share. `ja
 import pytest
 
 from jattn import catalog
-from jattn.testing import assert_conforms
+from jattn.testing import assert_conforms, checks_of
+from jattn.testing.conformance import check_name
+
+NAMES = [entry.name for entry in catalog.entries()]
+# Two long programs, compiled as users compile them, cost as much as all other checks together.
+LONG = "memory"
 
 
-@pytest.mark.parametrize("name", [entry.name for entry in catalog.entries()])
+@pytest.mark.parametrize("name", NAMES)
 def test_conformance(name):
-    assert_conforms(catalog.find(name))
+    entry = catalog.find(name)
+    assert_conforms(entry, only=[check for check in map(check_name, checks_of(entry)) if check != LONG])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_grows_as_declared(name):
+    entry = catalog.find(name)
+    if LONG in map(check_name, checks_of(entry)):
+        assert_conforms(entry, only=[LONG])
