@@ -229,6 +229,8 @@ def _measured(cell: Cell, bench: Bench, report: Callable[[str], None]) -> dict[s
     heads = sorted({head % num_heads for head in cell.heads or range(num_heads)})
     found = {
         "status": "ok",
+        "layers": None if cell.layers is None else layers,
+        "heads": None if cell.heads is None else heads,
         "perplexity": perplexity,
         "ratio": ratio,
         "forward_s": measures.median_and_iqr(subject.times),
