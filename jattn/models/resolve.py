@@ -53,9 +53,9 @@ MASKED = ("mask", "cache")
 
 
 def is_attention(entry: Entry) -> bool:
-    """Whether an entry can stand in a model's attention: a layer that is no block, a function, or a mask."""
+    """Whether an entry can stand in a model's attention: a layer without an MLP, a function, or a mask."""
     if entry.layer is not None:
-        return entry.kind != "block" and {"features", "num_heads"} <= keywords(entry.layer)
+        return not getattr(entry.layer, "has_mlp", False) and {"features", "num_heads"} <= keywords(entry.layer)
     parameters = inspect.signature(entry.target).parameters
     # One that needs gates besides gets them from a layer around it.
     needed = [name for name, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_KEYWORD]

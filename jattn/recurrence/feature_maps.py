@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 
-def identity(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+def identity(x: Float[Array | np.ndarray, "... D"]) -> Float[Array, "... D"]:
     """The plain dot product as the kernel.
 
     phi(x) = x. Weights may be negative, so divide by their sum with care.
@@ -45,7 +45,7 @@ def identity(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return x
 
 
-def relu(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+def relu(x: Float[Array | np.ndarray, "... D"]) -> Float[Array, "... D"]:
     """Positive part.
 
     phi(x) = max(x, 0).
@@ -65,7 +65,7 @@ def relu(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return jax.nn.relu(x)
 
 
-def elu1(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+def elu1(x: Float[Array | np.ndarray, "... D"]) -> Float[Array, "... D"]:
     """Positive and smooth.
 
     phi(x) = elu(x) + 1 = x + 1 for x > 0, exp(x) otherwise.
@@ -88,7 +88,7 @@ def elu1(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return jnp.where(wide > 0, wide + 1, jnp.exp(jnp.where(wide > 0, 0, wide))).astype(x.dtype)
 
 
-def taylor2(x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+def taylor2(x: Float[Array | np.ndarray, "... D"]) -> Float[Array, "... F"]:
     """Second-order expansion of the exponential.
 
     phi(q) . phi(k) = 1 + u + u^2 / 2 with u = q . k / sqrt(D).
@@ -116,7 +116,7 @@ def taylor2(x: Float[Array, "... D"]) -> Float[Array, "... F"]:
     return jnp.concatenate([jnp.ones_like(x[..., :1]), x * size**-0.25, products], axis=-1)
 
 
-def dpfp(x: Float[Array, "... D"], nu: int = 4) -> Float[Array, "... F"]:
+def dpfp(x: Float[Array | np.ndarray, "... D"], nu: int = 4) -> Float[Array, "... F"]:
     """Deterministic parameter-free projection: products of neighboring rectified coordinates.
 
     phi(x) = concat_{j = 1..nu} z * roll(z, j),  z = [relu(x), relu(-x)].

@@ -114,6 +114,7 @@ def check_rows(path):
     return content
 
 
+@pytest.mark.slow
 def test_one_group_from_the_command_line_to_its_file(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark.jax.config, "update", lambda *_: None)
     run("--tiny", f"--output={tmp_path}", "--groups=decode", "--rounds=1")

@@ -51,6 +51,7 @@ def finished(tmp_path_factory):
     return folder, results, said
 
 
+@pytest.mark.slow
 def test_numbers_of_every_head(finished):
     folder, results, _ = finished
     assert json.loads((folder / "smollm2.json").read_text()) == json.loads(json.dumps(results))
@@ -72,6 +73,7 @@ def test_numbers_of_every_head(finished):
     assert [len(head) for head in view["top_induction"]] == [3] * 4
 
 
+@pytest.mark.slow
 def test_the_likelihood_is_that_of_the_model(finished):
     model = DecoderLM(config(), rngs=nnx.Rngs(0))
     tokens = np.array([[ord(letter) for letter in TEXT]])
@@ -80,6 +82,7 @@ def test_the_likelihood_is_that_of_the_model(finished):
     assert finished[1]["facts"]["negative log-likelihood"] == f"{nll.mean():.3f} nats a token"
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone(finished):
     folder, results, _ = finished
     page = (folder / "smollm2.html").read_text()
@@ -93,6 +96,7 @@ def test_the_page_stands_alone(finished):
     assert not re.search(r"(src|href)=.?(http|/|\w+\.png)", page)
 
 
+@pytest.mark.slow
 def test_links_lead_somewhere(finished):
     page = (finished[0] / "smollm2.html").read_text()
     links, anchors = set(re.findall(r'href="#([^"]+)"', page)), re.findall(r'id="([^"]+)"', page)
@@ -101,6 +105,7 @@ def test_links_lead_somewhere(finished):
     assert len(anchors) == len(set(anchors))
 
 
+@pytest.mark.slow
 def test_the_table_holds_all_heads_the_strongest_first(finished):
     folder, results, _ = finished
     body = (folder / "smollm2.html").read_text().split("<tbody>")[1].split("</tbody>")[0]
@@ -110,6 +115,7 @@ def test_the_table_holds_all_heads_the_strongest_first(finished):
     assert scores == sorted(np.ravel(results["views"][0]["induction"]).tolist(), reverse=True)
 
 
+@pytest.mark.slow
 def test_progress_and_the_last_word(finished):
     _, results, said = finished
     assert said[0] == "loading smollm2"
@@ -125,6 +131,7 @@ def test_a_short_text_is_refused():
         probe_models.probe_smollm2(loaded, "ab")
 
 
+@pytest.mark.slow
 def test_whisper_has_three_views(tmp_path):
     made = config(position="learned", norm="layernorm", max_length=8)
     rngs = nnx.Rngs(0)

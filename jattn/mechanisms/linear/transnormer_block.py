@@ -15,7 +15,7 @@ Lengths, Constant Speed (arXiv 2405.17381) with its published code for tnl.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +72,9 @@ class TransNormerBlock(RecurrentLayer):
     Source: Scaling TransNormer to 175 Billion Parameters (arXiv 2307.14995), published code; Various Lengths, Constant
     Speed: Efficient Language Modeling with Lightning Attention (arXiv 2405.17381), published code.
     """
+
+    has_mlp: ClassVar[bool] = True
+    """It is a whole block, which cannot stand in another one's attention."""
 
     def __init__(
         self,
