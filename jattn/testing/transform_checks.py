@@ -138,7 +138,7 @@ def check_decode(bench: Workbench) -> str:
     if entry.layer is None and recurrence_checks.keeps_state(entry.target):
         arrays, whole = recurrence_checks.whole(bench)
         with jax.enable_x64(True):
-            stepwise = quick_jit(recurrence_checks.in_parts(bench, tuple(range(1, LENGTH))))(arrays)
+            stepwise = quick_jit(recurrence_checks.token_by_token(bench))(arrays)
         assert_same(stepwise, whole, "one token at a time against the whole sequence")
         if required(entry.target) != ["query", "key", "value"] or "is_causal" not in takes(entry.target):
             return entry.decode  # Its gates come with the tokens, so there is no layer to make of it.

@@ -7,7 +7,7 @@ import pytest
 from absl import app, flags
 
 from experiments.claims import __main__ as command
-from experiments.claims import mqar_width64, registry, ssa_temperature
+from experiments.claims import lightning_constant_speed, mqar_width64, registry, ssa_temperature
 from experiments.claims.ssa_temperature import Paired
 
 
@@ -40,6 +40,7 @@ def test_an_unknown_claim_is_answered_with_the_nearest():
         command.main(["claims", "rnu"], flags_of())
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_its_files(tmp_path, capsys):
     command.main(["claims", "run", "ssa_temperature"], flags_of("--quick", f"--output={tmp_path}"))
     assert "this verdict means nothing" in capsys.readouterr().out
@@ -94,3 +95,11 @@ def test_both_models_of_temperature_start_almost_equal():
     np.testing.assert_allclose(tempered, plain, atol=0.05)
     sharper = ssa_temperature.predict({**params, "alpha": jax.numpy.asarray(3.0)}, True)
     assert (np.asarray(sharper).max(-1) >= plain.max(-1)).all()
+
+
+@pytest.mark.parametrize(("longest", "verdict"), [(1.19, "reproduced"), (1.4, "partly"), (1.6, "not reproduced")])
+def test_constant_speed_is_judged_from_where_it_is_claimed(longest, verdict):
+    lightning = {512: 9.0, 2048: 1.0, 65536: longest}
+    assert lightning_constant_speed.growth(lightning) == longest
+    assert lightning_constant_speed.judge(lightning, {2048: 1.0, 16384: 8.0}) == verdict
+    assert lightning_constant_speed.judge(lightning, {2048: 1.0, 16384: 1.9}) == "not reproduced"
