@@ -15,6 +15,7 @@ from experiments.cells import Request, parse_requests
 from experiments.swap_tune import TuneOptions
 from jattn import catalog
 from jattn.models import Swap
+from jattn.models.pretrained.filling import WeightsDoNotFit
 from jattn.models.resolve import attention_entry, is_attention
 from jattn.tasks.base import cross_entropy
 
@@ -197,8 +198,8 @@ def run_cell(cell: Cell, bench: Bench, report: Callable[[str], None] = lambda te
     """Swap, and measure.
 
     Returns:
-        A cell of `results.json`. A mechanism that does not attend causally gives the status `"unsupported"`, an
-        exception `"failed"`; both with the reason.
+        A cell of `results.json`. A mechanism that does not attend causally, or has no place for the trained weights,
+        gives the status `"unsupported"`, another exception `"failed"`; both with the reason.
     """
     blank = {**BLANK, "mechanism": cell.label, "layers": cell.layers, "heads": cell.heads}
     try:
@@ -207,6 +208,8 @@ def run_cell(cell: Cell, bench: Bench, report: Callable[[str], None] = lambda te
         return blank | {"status": "unsupported", "reason": str(error)}
     try:
         return blank | _measured(cell, bench, report)
+    except WeightsDoNotFit as error:  # It has other projections than those that were trained.
+        return blank | {"status": "unsupported", "reason": keeping.reason_of(error)}
     except Exception as error:  # One mechanism's failure is a result; the others go on.
         return blank | {"status": "failed", "reason": keeping.reason_of(error)}
 

@@ -149,7 +149,7 @@ class DeltaLayer(RecurrentLayer):
         return self.out(o, x)
 
 
-class ConvolvedHeads(nnx.Module):
+class ConvolvedHeads(HeadProjection):
     """A projection to heads behind which every channel has a short convolution: act(conv(x W)).
 
     Args:
@@ -180,12 +180,12 @@ class ConvolvedHeads(nnx.Module):
         rngs: nnx.Rngs,
     ):
         shared: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.projection = HeadProjection(features, heads, head_dim, axis=axis, **shared)
+        super().__init__(features, heads, head_dim, axis=axis, **shared)
         self.conv = ShortConv(heads * head_dim, width, use_bias=use_bias, activation=activation, **shared)
 
     def __call__(self, x: jax.Array, segment_ids: Any = None, tail: Any = None) -> tuple[jax.Array, jax.Array]:
         """`[B, T, M]` and the tail of earlier tokens to `[B, T, heads, head_dim]` and the new tail."""
-        heads = self.projection(x)
+        heads = super().__call__(x)
         done = self.conv(heads.reshape(*heads.shape[:2], -1), segment_ids=segment_ids, cache=tail)
         return done.output.reshape(heads.shape), done.cache
 

@@ -279,8 +279,10 @@ class LowRank(nnx.Module):
         return self.up(y if self.activation is None else self.activation(y))
 
 
-class GatedOutput(nnx.Module):
+class GatedOutput(nnx.LinearGeneral):
     """Norm of each head, gate, output projection: y = (norm(o_n) * act(x W_g)_n) concatenated, W_o.
+
+    It is the projection W_o, so that trained weights of an attention layer's output find their place.
 
     Args:
         features: M.
@@ -314,8 +316,16 @@ class GatedOutput(nnx.Module):
     ):
         if gate is not None and gate not in GATES:
             raise ValueError(f"gate must be None or one of {', '.join(GATES)}, got {gate!r}")
-        self.activation = None if gate is None else GATES[gate]
         shared: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        super().__init__(
+            (num_heads, value_dim),
+            features,
+            axis=(-2, -1),
+            use_bias=False,
+            kernel_metadata=axes("heads", "head_dim", "embed"),
+            **shared,
+        )
+        self.activation = None if gate is None else GATES[gate]
         self.norm = make_norm(norm, value_dim, epsilon=epsilon, axis_name="head_dim", **shared)
         projection: Any = None
         if gate is not None and gate_rank is not None:
@@ -323,24 +333,10 @@ class GatedOutput(nnx.Module):
         elif gate is not None:
             projection = HeadProjection(features, num_heads, value_dim, **shared)
         self.gate = projection
-        self.out = nnx.LinearGeneral(
-            (num_heads, value_dim),
-            features,
-            axis=(-2, -1),
-            use_bias=False,
-            kernel_metadata=axes("heads", "head_dim", "embed"),
-            bias_metadata=axes("embed"),
-            **shared,
-        )
-
-    @property
-    def kernel(self) -> nnx.Param:
-        """W_o, whose initial values a model may scale."""
-        return self.out.kernel
 
     def __call__(self, o: jax.Array, x: jax.Array) -> jax.Array:
         """Per-head outputs `[B, T, N, Dv]` and the layer's input `[B, T, M]` to `[B, T, M]`."""
         o = self.norm(o)
         if self.gate is not None and self.activation is not None:
             o = o * self.activation(self.gate(x)).reshape(o.shape)
-        return self.out(o)
+        return super().__call__(o)

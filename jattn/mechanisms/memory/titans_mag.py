@@ -9,7 +9,6 @@ which branch, is chosen here. Source: Titans: Learning to Memorize at Test Time 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -61,34 +60,15 @@ class TitansMAG(WindowedTitansLayer):
         features: int,
         num_heads: int,
         *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        window: int = 512,
-        num_persistent: int = 16,
-        chunk_size: int = 16,
-        memory_options: Mapping[str, Any] | None = None,
-        position: Any = None,
         epsilon: float = 1e-5,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
+        **options: Any,
     ):
-        super().__init__(
-            features,
-            num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            window=window,
-            num_persistent=num_persistent,
-            chunk_size=chunk_size,
-            memory_options=memory_options,
-            position=position,
-            epsilon=epsilon,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
-        self.gate = BranchGate(features, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        shared: dict[str, Any] = {"epsilon": epsilon, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        super().__init__(features, num_heads, **shared, **options)
+        self.gate = BranchGate(features, **shared)
 
     def mix(
         self, x: jax.Array, *, segment_ids: Any, positions: jax.Array, state: RecurrentState | None, **options: Any

@@ -9,12 +9,9 @@ Memorize at Test Time (arXiv 2501.00663).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
 from jattn.cache import RecurrentState
 from jattn.mechanisms.entry import Cost, Entry, LayerExample, Paper
@@ -53,39 +50,6 @@ class TitansMAL(WindowedTitansLayer):
 
     Source: Titans: Learning to Memorize at Test Time (arXiv 2501.00663).
     """
-
-    def __init__(
-        self,
-        features: int,
-        num_heads: int,
-        *,
-        num_kv_heads: int | None = None,
-        head_dim: int | None = None,
-        window: int = 512,
-        num_persistent: int = 16,
-        chunk_size: int = 16,
-        memory_options: Mapping[str, Any] | None = None,
-        position: Any = None,
-        epsilon: float = 1e-5,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        super().__init__(
-            features,
-            num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            window=window,
-            num_persistent=num_persistent,
-            chunk_size=chunk_size,
-            memory_options=memory_options,
-            position=position,
-            epsilon=epsilon,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
 
     def mix(
         self, x: jax.Array, *, segment_ids: Any, positions: jax.Array, state: RecurrentState | None, **options: Any

@@ -84,15 +84,15 @@ class TitansLayer(RecurrentLayer):
         features: int,
         num_heads: int,
         *,
-        num_kv_heads: int | None,
-        head_dim: int | None,
-        num_persistent: int,
-        chunk_size: int,
-        memory_options: Mapping[str, Any] | None,
-        position: Any,
-        epsilon: float,
-        dtype: Any,
-        param_dtype: Any,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        num_persistent: int = 16,
+        chunk_size: int = 16,
+        memory_options: Mapping[str, Any] | None = None,
+        position: Any = None,
+        epsilon: float = 1e-5,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         super().__init__(features, num_heads, position=position)
@@ -150,7 +150,7 @@ class WindowedTitansLayer(TitansLayer):
     sees_persistent = False
     """Whether every query sees the persistent tokens, also those outside of its window."""
 
-    def __init__(self, features: int, num_heads: int, *, window: int, num_persistent: int, **options: Any):
+    def __init__(self, features: int, num_heads: int, *, window: int = 512, num_persistent: int = 16, **options: Any):
         super().__init__(features, num_heads, num_persistent=num_persistent, **options)
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")

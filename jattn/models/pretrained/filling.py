@@ -11,6 +11,10 @@ import numpy as np
 from flax import nnx
 
 
+class WeightsDoNotFit(ValueError):
+    """Trained weights are missing, left over, or of another shape than the model that was built for them."""
+
+
 def fill(
     build: Callable[[Any], nnx.Module],
     weights: MutableMapping[str, np.ndarray],
@@ -30,7 +34,7 @@ def fill(
         The model, parameters in the dtypes that it asks for.
 
     Raises:
-        ValueError: weights that are missing, left over, or of another shape.
+        WeightsDoNotFit: weights that are missing, left over, or of another shape.
 
     Example:
         >>> import numpy as np
@@ -45,7 +49,7 @@ def fill(
     refused = [path for path in missing if new is None or not new(path)]
     if refused or (extra := weights.keys() - shapes.keys()):
         words = f"lack {_some(refused)}" if refused else f"hold {_some(sorted(extra))}, which the model does not have"
-        raise ValueError(f"the weights {words}")
+        raise WeightsDoNotFit(f"the weights {words}")
 
     @jax.jit
     def initial() -> dict[str, jax.Array]:
@@ -61,7 +65,7 @@ def fill(
             return started[path]
         array, wanted = weights.pop(path), variable.get_value()
         if array.shape != wanted.shape:
-            raise ValueError(
+            raise WeightsDoNotFit(
                 f"the weights hold {path} of shape {list(array.shape)}; the model has {list(wanted.shape)}"
             )
         # A copy of JAX's own: a view would keep the file's whole buffer alive.

@@ -119,7 +119,7 @@ def silu(x):
 
 def convolved(heads, x):
     """What `ConvolvedHeads` does before its activation, in numpy float64."""
-    projected = np.einsum("btm,mhd->bthd", x, np.asarray(heads.projection.kernel.get_value(), np.float64))
+    projected = np.einsum("btm,mhd->bthd", x, np.asarray(heads.kernel.get_value(), np.float64))
     kernel = np.asarray(heads.conv.kernel.get_value(), np.float64).reshape(-1, *projected.shape[2:])
     width, out = len(kernel), np.zeros_like(projected)
     for t in range(x.shape[1]):

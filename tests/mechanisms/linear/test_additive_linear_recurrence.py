@@ -217,7 +217,10 @@ def test_states_carry_everything_over(options):
 
     with jax.enable_x64(True):
         given = arrays()
-        cut = lambda start, stop: ([x[:, start:stop] for x in given], IDS[:, start:stop])  # noqa: E731
+
+        def cut(start, stop):
+            return [x[:, start:stop] for x in given], IDS[:, start:stop]
+
         whole, final = part(given, IDS, None, stop=T)
         # No cut where a new document begins: a state continues the first one of what follows.
         first, state = part(*cut(0, 2), None, stop=2)

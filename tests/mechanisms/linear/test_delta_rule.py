@@ -149,7 +149,7 @@ def layer_truth(layer, x, features, factor=1.0):
     o = rms_norm(delta_loop(query, key, silu(convolved(layer.value, x)), beta)[0], layer.out.norm)
     if layer.out.gate is not None:
         o = o * silu(np.einsum("btm,mhd->bthd", x, layer.out.gate.kernel.get_value()))
-    return np.einsum("bthd,hdm->btm", o, layer.out.out.kernel.get_value())
+    return np.einsum("bthd,hdm->btm", o, layer.out.kernel.get_value())
 
 
 @pytest.mark.parametrize("options", [{}, {"use_gate": True, "allow_neg_eigval": True, "num_kv_heads": 1}], ids=str)
@@ -177,7 +177,7 @@ def test_a_model_scales_the_last_projection():
         DecoderLM(TransformerConfig(**config, residual_scale=size), attention="DeltaRule", rngs=nnx.Rngs(0))
         for size in (1.0, 0.5)
     )
-    kernels = [model.stack.blocks[0].attention.out.out.kernel.get_value() for model in (plain, scaled)]
+    kernels = [model.stack.blocks[0].attention.out.kernel.get_value() for model in (plain, scaled)]
     np.testing.assert_array_equal(0.5 * kernels[0], kernels[1])
 
 

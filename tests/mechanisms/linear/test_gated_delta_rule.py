@@ -129,7 +129,7 @@ def test_the_layer_is_its_equations(options):
         o = rms_norm(delta_loop(query, key, silu(convolved(layer.value, x)), beta, decay)[0], layer.out.norm)
         if layer.out.gate is not None:
             o = o * silu(np.einsum("btm,mhd->bthd", x, layer.out.gate.kernel.get_value()))
-        expected = np.einsum("bthd,hdm->btm", o, layer.out.out.kernel.get_value())
+        expected = np.einsum("bthd,hdm->btm", o, layer.out.kernel.get_value())
         close(nnx.jit(lambda layer, x: layer(x).output)(layer, x), expected)
 
 
@@ -149,8 +149,8 @@ def test_rates_start_where_the_published_ones_do():
 
 def test_published_sizes_are_the_default():
     layer = nnx.eval_shape(lambda: GatedDeltaRule(2048, 6, rngs=nnx.Rngs(0)))
-    assert layer.query.projection.kernel.shape == (2048, 6, 256)
-    assert layer.value.projection.kernel.shape == (2048, 6, 512)
+    assert layer.query.kernel.shape == (2048, 6, 256)
+    assert layer.value.kernel.shape == (2048, 6, 512)
 
 
 def test_only_distances_count_for_rotary_positions():

@@ -102,7 +102,7 @@ def test_the_layer_is_its_equations(options):
         decay = -np.exp(rates)[:, None] * softplus(low_rank(layer.rate) + bias).reshape(2, 9, heads, 3)
         o = delta_loop(query, key, silu(convolved(layer.value, x)), beta, decay)[0]
         o = rms_norm(o, layer.out.norm) * sigmoid(low_rank(layer.out.gate)).reshape(o.shape)
-        expected = np.einsum("bthd,hdm->btm", o, layer.out.out.kernel.get_value())
+        expected = np.einsum("bthd,hdm->btm", o, layer.out.kernel.get_value())
         close(nnx.jit(lambda layer, x: layer(x).output)(layer, x), expected)
 
 

@@ -202,7 +202,7 @@ def by_hand(layer, x):
     weights = np.einsum("bthd,bshd->bhts", query, key) * decay / query.shape[-1] ** 0.5
     o = np.einsum("bhts,bshv->bthv", weights, value)
     o = o / np.sqrt((o**2).mean(-1, keepdims=True) + 1e-5) * parameters["out/norm/scale"]
-    return np.einsum("bthv,hvm->btm", o * gate / (1 + np.exp(-gate)), parameters["out/out/kernel"])
+    return np.einsum("bthv,hvm->btm", o * gate / (1 + np.exp(-gate)), parameters["out/kernel"])
 
 
 def test_the_layer_is_its_definition_and_shift_invariant():

@@ -175,7 +175,7 @@ def test_the_layer_is_its_parts(options):
     )
     o = o / np.sqrt((o * o).mean(-1, keepdims=True) + 1e-5) * layer.out.norm.scale[...]
     o = o * silu(np.einsum("btm,mhd->bthd", x, layer.out.gate.kernel[...]))
-    close(layer(x).output, np.einsum("bthd,hdm->btm", o, layer.out.out.kernel[...]))
+    close(layer(x).output, np.einsum("bthd,hdm->btm", o, layer.out.kernel[...]))
 
 
 def test_packed_documents_are_alone_and_a_state_carries_over():

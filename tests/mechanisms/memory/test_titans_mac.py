@@ -105,7 +105,7 @@ def test_what_a_token_changes():
 
 def test_without_the_memory_it_is_attention_in_segments_with_a_prefix():
     layer, x = make(), tokens(2)
-    layer.memory.out.out.kernel[...] = 0 * layer.memory.out.out.kernel[...]
+    layer.memory.out.kernel[...] = 0 * layer.memory.out.kernel[...]
     out = run(layer, x)
     close(out, plain(layer, x, zeroed=True))
     changed = x.copy()
