@@ -1,7 +1,8 @@
 """Kernels in place of the walk along chunks: the state stays on the chip.
 
-What is computed of chunks before the state comes by stays with XLA. Gradients are the kernel's, too, in reverse mode;
-forward mode and second derivatives are `implementation="xla"`'s.
+What is computed of chunks before the state comes by stays with XLA. So do, in reverse mode, the gradients of it: the
+kernel walks back for the gradients of the states alone, after which all chunks are free of each other. Forward mode and
+second derivatives are `implementation="xla"`'s.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.softmax.platforms import current
-from pallas_kernels.linear_recurrence.parts import Parts
+from pallas_kernels.linear_recurrence.parts import Parts, cotangents
 
 KERNELS = {"triton": "gpu", "tpu": "tpu"}
 """The platform of each kernel. None has been run on its hardware yet, so they run only where they are asked for."""
@@ -70,11 +71,13 @@ def _forward(implementation: str, narrow: bool, state: Any, parts: Parts) -> Any
     return (out.reshape(*lead, *out.shape[1:]), last.reshape(state.shape)), (state, parts, starts)
 
 
-def _backward(implementation: str, narrow: bool, kept: Any, cotangents: Any) -> Any:
+def _backward(implementation: str, narrow: bool, kept: Any, arriving: Any) -> Any:
     state, parts, starts = kept
     _, flat = _flat(narrow, state, parts)
-    d_out, d_last = (x.reshape(-1, *x.shape[2:]) for x in cotangents)
-    d_flat, d_first = _module(implementation).backward(flat, starts, d_out, d_last, **_options(implementation, narrow))
+    d_out, d_last = (x.reshape(-1, *x.shape[2:]) for x in arriving)
+    options = _options(implementation, narrow)
+    d_news, d_first = _module(implementation).backward(flat, d_out, d_last, **options)
+    d_flat = cotangents(flat, starts, d_out, d_news, precision=options["precision"])
 
     def back(like: Any, x: Any) -> Any:
         if like is None:

@@ -11,15 +11,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.flash_attention.pipeline import result_shape
-from pallas_kernels.linear_recurrence.parts import Parts, backward_step, forward_step
+from pallas_kernels.linear_recurrence.parts import MULTIPLIED, Parts, backward_step, forward_step, narrowed
 
 
 def _dot(precision: Any, x, y, trans_a: bool = False, trans_b: bool = False):
     contracted = ((0 if trans_a else 1,), (1 if trans_b else 0,))
     dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
-    if jnp.bfloat16 in (x.dtype, y.dtype):
-        x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+    x, y = narrowed(x, y)
     return jax.lax.dot_general(x, y, (contracted, ((), ())), precision=precision, preferred_element_type=dtype)
+
+
+def _parts(names, refs) -> Parts:
+    return Parts(**dict.fromkeys(Parts._fields) | {name: ref[0, 0] for name, ref in zip(names, refs, strict=True)})
 
 
 def _forward_kernel(precision: Any, names, *refs):
@@ -30,10 +33,9 @@ def _forward_kernel(precision: Any, names, *refs):
     def _():
         state_ref[...] = first_ref[0]
 
-    parts = Parts(**{name: ref[0, 0] for name, ref in zip(names, inputs, strict=True)})
     state = state_ref[...]
     starts_ref[0, 0] = state
-    out_ref[0, 0], new = forward_step(functools.partial(_dot, precision), state, parts)
+    out_ref[0, 0], new = forward_step(functools.partial(_dot, precision), state, _parts(names, inputs))
     state_ref[...] = new
 
     @pl.when(chunk == pl.num_programs(1) - 1)
@@ -42,21 +44,16 @@ def _forward_kernel(precision: Any, names, *refs):
 
 
 def _backward_kernel(precision: Any, names, *refs):
-    count = len(names)
-    inputs, (starts_ref, d_out_ref, d_last_ref) = refs[:count], refs[count : count + 3]
-    d_refs, (d_first_ref, d_state_ref) = refs[count + 3 : -2], refs[-2:]
+    *inputs, d_out_ref, d_last_ref, d_news_ref, d_first_ref, d_state_ref = refs
     step = pl.program_id(1)
 
     @pl.when(step == 0)
     def _():
         d_state_ref[...] = d_last_ref[0]
 
-    parts = Parts(**{name: ref[0, 0] for name, ref in zip(names, inputs, strict=True)})
-    d_parts, d_state = backward_step(
-        functools.partial(_dot, precision), starts_ref[0, 0], parts, d_out_ref[0, 0], d_state_ref[...]
-    )
-    for name, ref in zip(names, d_refs, strict=True):
-        ref[0, 0] = getattr(d_parts, name).astype(ref.dtype)
+    d_new = d_state_ref[...]
+    d_news_ref[0, 0] = d_new
+    d_state = backward_step(functools.partial(_dot, precision), _parts(names, inputs), d_out_ref[0, 0], d_new)
     d_state_ref[...] = d_state
 
     @pl.when(step == pl.num_programs(1) - 1)
@@ -128,32 +125,29 @@ def forward(state, parts: Parts, *, precision: Any = None, interpret: Any = Fals
     return out, last, starts
 
 
-def backward(
-    parts: Parts, starts, d_out, d_last, *, precision: Any = None, interpret: Any = False
-) -> tuple[Parts, Any]:
+def backward(parts: Parts, d_out, d_last, *, precision: Any = None, interpret: Any = False) -> tuple[Any, Any]:
     """Walk back along the chunks.
 
     Args:
         parts: as for `forward`.
-        starts: the states before each chunk.
         d_out: cotangent of the outputs.
         d_last: cotangent of the last state.
         precision: of the products of float32.
         interpret: whether to run in Pallas' interpreter.
 
     Returns:
-        Cotangents of the parts and of the first state.
+        Cotangents of the states after each chunk `[P, n, D, Dv]`, and of the first state.
     """
-    names = tuple(name for name, x in parts._asdict().items() if x is not None)
-    arrays = [getattr(parts, name) for name in names]
-    *d_parts, d_first = _call(
+    names = tuple(name for name in MULTIPLIED if getattr(parts, name) is not None)
+    count = parts.rows.shape[1]
+    d_news, d_first = _call(
         functools.partial(_backward_kernel, precision, names),
         "linear_recurrence_backward",
-        [*arrays, starts, d_out],
+        [*(getattr(parts, name) for name in names), d_out],
         [d_last],
-        [(x.shape, x.dtype) for x in arrays],
+        [((len(d_last), count, *d_last.shape[1:]), d_last.dtype)],
         [(d_last.shape, d_last.dtype)],
         turned=True,
         interpret=interpret,
     )
-    return Parts(**dict(zip(names, d_parts, strict=True))), d_first
+    return d_news, d_first

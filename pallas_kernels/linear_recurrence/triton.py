@@ -1,8 +1,8 @@
 """Linear recurrences between chunks on NVIDIA GPUs: a program a row and block of value columns, the state in registers.
 
-Columns of the state never meet, so blocks of them are walked along independently; what they share of the gradients is
-summed afterwards, block by block in order, without atomics. All sizes are filled up to powers of two. Matrices of a
-chunk pass through shared memory: in float32, GPUs that have 99 KiB of it take chunks of 32 tokens, not of 64.
+Columns of the state never meet, so blocks of them are walked along independently, without atomics. All sizes are
+filled up to powers of two. Matrices of a chunk pass through shared memory: in float32, GPUs that have 99 KiB of it take
+chunks of 32 tokens, not of 64.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.flash_attention.pipeline import result_shape
 from pallas_kernels.flash_attention.sizes import padded
-from pallas_kernels.linear_recurrence.parts import Parts, backward_step, forward_step
+from pallas_kernels.linear_recurrence.parts import MULTIPLIED, Parts, backward_step, forward_step, narrowed
 
 OF_COLUMNS = ("value", "read")
 """Parts that have value columns; each program reads its own."""
 
 
 def _dot(precision: Any, x, y, trans_a: bool = False, trans_b: bool = False):
-    if jnp.bfloat16 in (x.dtype, y.dtype):
-        x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+    x, y = narrowed(x, y)
     return plgpu.dot(x, y, trans_a=trans_a, trans_b=trans_b, precision=precision)
 
 
 def _parts(names, refs, chunk) -> Parts:
-    return Parts(**{name: plgpu.load(ref.at[chunk]) for name, ref in zip(names, refs, strict=True)})
+    loaded = {name: plgpu.load(ref.at[chunk]) for name, ref in zip(names, refs, strict=True)}
+    return Parts(**dict.fromkeys(Parts._fields) | loaded)
 
 
 def _forward_kernel(precision: Any, names, count: int, *refs):
@@ -46,21 +46,13 @@ def _forward_kernel(precision: Any, names, count: int, *refs):
 
 
 def _backward_kernel(precision: Any, names, count: int, *refs):
-    inputs, (starts_ref, d_out_ref, d_last_ref) = refs[: len(names)], refs[len(names) : len(names) + 3]
-    *d_refs, d_first_ref = refs[len(names) + 3 :]
+    *inputs, d_out_ref, d_last_ref, d_news_ref, d_first_ref = refs
 
-    def step(index, d_state):
+    def step(index, d_new):
         chunk = count - 1 - index
-        d_parts, d_state = backward_step(
-            functools.partial(_dot, precision),
-            plgpu.load(starts_ref.at[chunk]),
-            _parts(names, inputs, chunk),
-            plgpu.load(d_out_ref.at[chunk]),
-            d_state,
-        )
-        for name, ref in zip(names, d_refs, strict=True):
-            plgpu.store(ref.at[chunk], getattr(d_parts, name).astype(ref.dtype))
-        return d_state
+        plgpu.store(d_news_ref.at[chunk], d_new)
+        parts = _parts(names, inputs, chunk)
+        return backward_step(functools.partial(_dot, precision), parts, plgpu.load(d_out_ref.at[chunk]), d_new)
 
     plgpu.store(d_first_ref, jax.lax.fori_loop(0, count, step, plgpu.load(d_last_ref)))
 
@@ -85,13 +77,12 @@ def _spec(shape, block: int | None):
     return pl.BlockSpec((None, *shape[1:-1], block), lambda p, j: (p,) + (0,) * (len(shape) - 2) + (j,))
 
 
-def _prepare(parts: Parts):
-    names = tuple(name for name, x in parts._asdict().items() if x is not None)
+def _prepare(parts: Parts, v_dim: int, wanted=Parts._fields):
+    names = tuple(name for name in wanted if getattr(parts, name) is not None)
     arrays = [_filled(getattr(parts, name)) for name in names]
-    v_dim = arrays[names.index("value")].shape[-1]
     block = _columns(parts.rows.shape[-1], v_dim, parts.rows.dtype.itemsize)
     specs = [_spec(x.shape, block if name in OF_COLUMNS else None) for name, x in zip(names, arrays, strict=True)]
-    return names, arrays, specs, block, v_dim // block
+    return names, arrays, specs, block, padded(v_dim) // block
 
 
 def _compiler_params() -> Any:
@@ -110,8 +101,8 @@ def forward(state, parts: Parts, *, precision: Any = None, interpret: Any = Fals
     Returns:
         Outputs `[P, n, M, Dv]`, the last state, and the states before each chunk `[P, n, D, Dv]`.
     """
-    names, arrays, specs, block, blocks = _prepare(parts)
     (rows, width, v_dim), (count, size) = state.shape, parts.rows.shape[1:3]
+    names, arrays, specs, block, blocks = _prepare(parts, v_dim)
     first = _filled(state)
     inputs = [*arrays, first]
     tall = (rows, count, *first.shape[1:])
@@ -129,49 +120,33 @@ def forward(state, parts: Parts, *, precision: Any = None, interpret: Any = Fals
     return out[:, :, :size, :v_dim], last[:, :width, :v_dim], starts[:, :, :width, :v_dim]
 
 
-def backward(
-    parts: Parts, starts, d_out, d_last, *, precision: Any = None, interpret: Any = False
-) -> tuple[Parts, Any]:
+def backward(parts: Parts, d_out, d_last, *, precision: Any = None, interpret: Any = False) -> tuple[Any, Any]:
     """Walk back along the chunks.
 
     Args:
         parts: as for `forward`.
-        starts: the states before each chunk.
         d_out: cotangent of the outputs.
         d_last: cotangent of the last state.
         precision: of the products of float32.
         interpret: whether to run in Pallas' interpreter.
 
     Returns:
-        Cotangents of the parts and of the first state.
+        Cotangents of the states after each chunk `[P, n, D, Dv]`, and of the first state.
     """
-    names, arrays, specs, block, blocks = _prepare(parts)
-    rows, count = parts.rows.shape[:2]
-    columns = [_filled(x) for x in (starts, d_out, d_last)]
-    dtype = d_last.dtype
+    (rows, width, v_dim), count = d_last.shape, parts.rows.shape[1]
+    names, arrays, specs, block, blocks = _prepare(parts, v_dim, MULTIPLIED)
+    columns = [_filled(d_out), _filled(d_last)]
     inputs = [*arrays, *columns]
-    outputs, out_specs = [], []
-    for name, x in zip(names, arrays, strict=True):
-        if name in OF_COLUMNS:
-            outputs.append(result_shape(x.shape, dtype, inputs))
-            out_specs.append(_spec(x.shape, block))
-        else:
-            # One copy a block of columns.
-            outputs.append(result_shape((blocks, *x.shape), dtype, inputs))
-            out_specs.append(pl.BlockSpec((None, None, *x.shape[1:]), lambda p, j: (j, p, 0, 0, 0)))
-    *d_parts, d_first = pl.pallas_call(
+    last = columns[-1].shape
+    shapes = [(rows, count, *last[1:]), last]
+    d_news, d_first = pl.pallas_call(
         functools.partial(_backward_kernel, precision, names, count),
         grid=(rows, blocks),
         in_specs=[*specs, *(_spec(x.shape, block) for x in columns)],
-        out_specs=[*out_specs, _spec(columns[-1].shape, block)],
-        out_shape=[*outputs, result_shape(columns[-1].shape, dtype, inputs)],
+        out_specs=[_spec(shape, block) for shape in shapes],
+        out_shape=[result_shape(shape, d_last.dtype, inputs) for shape in shapes],
         compiler_params=_compiler_params(),
         interpret=interpret,
         name="linear_recurrence_backward",
     )(*inputs)
-    found = {}
-    for name, x in zip(names, d_parts, strict=True):
-        like = getattr(parts, name)
-        x = x if name in OF_COLUMNS else x.sum(0)
-        found[name] = x[:, :, : like.shape[2], : like.shape[3]].astype(like.dtype)
-    return Parts(**found), d_first[:, : d_last.shape[1], : d_last.shape[2]]
+    return d_news[:, :, :width, :v_dim], d_first[:, :width, :v_dim]
