@@ -68,7 +68,7 @@ def linear_recurrence(
             the interpreter of Pallas. None is "xla": no kernel has been run on its hardware yet. Kernels have gradients
             in reverse mode only.
         chunk_size: C, tokens a chunk; no effect on the result.
-        sub_chunk: c, tokens a sub-block where decays differ a channel; likewise.
+        sub_chunk: accepted as other libraries have it, and without effect: chunks are halved down to single tokens.
         return_final_state: also return the state after the last token.
 
     Returns:
@@ -104,7 +104,7 @@ def linear_recurrence(
         log_decay=log_decay, scale=scale, initial_state=initial_state, read=read, bonus=bonus, **arrays
     )
     kernel = implementation if implementation in KERNELS else None
-    out, state = run(problem, mode, chunk_size, sub_chunk, kernel)
+    out, state = run(problem, mode, chunk_size, kernel)
     out = out.reshape(*out.shape[:2], -1, out.shape[-1]).astype(jnp.asarray(query).dtype)
     out = flipped(out) if reverse else out
     if not return_final_state:
@@ -112,10 +112,8 @@ def linear_recurrence(
     return out, jnp.repeat(state, out.shape[2] // state.shape[1], axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("mode", "chunk_size", "sub_chunk", "kernel"))
-def run(
-    problem: Problem, mode: str, chunk_size: int, sub_chunk: int, kernel: str | None = None
-) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("mode", "chunk_size", "kernel"))
+def run(problem: Problem, mode: str, chunk_size: int, kernel: str | None = None) -> tuple[jax.Array, jax.Array]:
     """Outputs `[B, T, H, G, Dv]` and the final state `[B, H, D, Dv]` of a checked problem."""
     length = problem.query.shape[1]
     if mode == "recurrent":
@@ -124,7 +122,7 @@ def run(
         out, state = run_associative(problem)
     else:
         through = None if kernel is None else kernel_walk(kernel, problem.query.dtype)
-        out, state = run_chunks(problem, length if mode == "parallel" else chunk_size, sub_chunk, through)
+        out, state = run_chunks(problem, length if mode == "parallel" else chunk_size, through)
     return out, state
 
 

@@ -67,13 +67,12 @@ class Cut(NamedTuple):
         return np.clip(self.length - first, 0, self.size).reshape(self.steps, self.chunks).astype(np.int32)
 
 
-def run_chunks(problem: Problem, chunk_size: int, sub_chunk: int, through: Any = None) -> tuple[jax.Array, jax.Array]:
+def run_chunks(problem: Problem, chunk_size: int, through: Any = None) -> tuple[jax.Array, jax.Array]:
     """Outputs and the final state.
 
     Args:
         problem: what to compute.
         chunk_size: C.
-        sub_chunk: c, for decays a channel.
         through: `(state, parts) -> (outputs, state)` of a kernel, which is then given all chunks at once.
 
     Returns:
@@ -87,7 +86,7 @@ def run_chunks(problem: Problem, chunk_size: int, sub_chunk: int, through: Any =
 
     def step(carry: Any, given: Any) -> Any:
         state, run = carry
-        parts, run = chunk_parts(problem, sub_chunk, run, *given)
+        parts, run = chunk_parts(problem, run, *given)
         out, state = (walk if through is None else through)(state, parts)
         out = out.reshape(*out.shape[:3], -1, cut.size, out.shape[-1])
         return (state, run), out.transpose(0, 2, 4, 1, 3, 5)
@@ -101,22 +100,21 @@ def run_chunks(problem: Problem, chunk_size: int, sub_chunk: int, through: Any =
     return cut.join(out), state
 
 
-def _decay(problem: Problem, gates: Any, size: int, valid: Any, sub_chunk: int) -> Any:
+def _decay(problem: Problem, gates: Any, size: int, valid: Any) -> Any:
     if problem.kind == "none":
         return NoDecay()
     if problem.kind == "head":
         return HeadDecay(problem.log_decay, size, valid)
-    return TokenDecay(gates) if problem.kind == "token" else ChannelDecay(gates, sub_chunk)
+    return TokenDecay(gates) if problem.kind == "token" else ChannelDecay(gates)
 
 
 def chunk_parts(
-    problem: Problem, sub_chunk: int, run: Any, arrays: Any, gates: Any, valid: Any, runs: Any, extras: Any
+    problem: Problem, run: Any, arrays: Any, gates: Any, valid: Any, runs: Any, extras: Any
 ) -> tuple[Parts, Any]:
     """What is computed of chunks before the state comes by.
 
     Args:
         problem: what to compute.
-        sub_chunk: c, for decays a channel.
         run: int32 `[B]`, the run of the state that comes by.
         arrays: query, key, value, a and b as `Cut.split` makes them.
         gates: log decays a token, likewise, or None.
@@ -136,7 +134,7 @@ def chunk_parts(
         q, k, v = problem.features(q, k, v, extras)
         # Features of zeros need not be zero.
         k = jnp.where((np.arange(size) < valid[:, None])[..., None], k, 0)
-    decay = _decay(problem, gates, size, valid, sub_chunk)
+    decay = _decay(problem, gates, size, valid)
     through, before = (np.tri(size, k=shift, dtype=bool) for shift in (0, -1))
     same = from_carry = at_end = None
     if runs is not None:

@@ -13,7 +13,7 @@ hold above the diagonal has no meaning; the caller masks it, together with other
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,12 +110,12 @@ class TokenDecay:
     def scores(self, x: jax.Array, y: jax.Array, *, exclusive: bool = False) -> jax.Array:
         """See the module."""
         decay = jnp.exp(self._sums)
-        return products(x, y) * (_later(decay, 1) if exclusive else decay)[:, :, :, None]
+        return products(x, y) * (_later(decay) if exclusive else decay)[:, :, :, None]
 
     def since_start(self, x: jax.Array, *, exclusive: bool = False) -> jax.Array:
         """See `NoDecay`."""
         sums = jnp.cumsum(self._g, -1)[..., None]
-        return x * jnp.exp(_later(sums, 1) if exclusive else sums)[:, :, :, None]
+        return x * jnp.exp(_later(sums) if exclusive else sums)[:, :, :, None]
 
     def until_end(self, y: jax.Array) -> jax.Array:
         """See `NoDecay`."""
@@ -126,96 +126,91 @@ class TokenDecay:
         return jnp.exp(self._g.sum(-1))[..., None, None]
 
 
-class ChannelDecay:
-    """A decay a token, head and key channel, `[B, H, n, C, D]`: near pairs one by one, the others on two levels.
+class Level(NamedTuple):
+    """Factors at the borders in the middle of m blocks of 2 h tokens, `[B, H, n, m, h, D]`."""
 
-    The decay of a pair has no factors that are safe, so pairs closer than c tokens are taken distance by distance, each
-    an explicit sum over d: the exponent of distance m is that of m - 1 plus one gate. For far pairs a border between
-    sub-blocks of c tokens lies between i and j: rows carry the decay from the border before i's sub-block, columns that
-    after j to the end of its sub-block and of the whole ones between; their product is one of matrices.
+    before: jax.Array
+    """Of rows in the last half: the decay from the border up to their token."""
+    through: jax.Array
+    """The same, through their token."""
+    after: jax.Array
+    """Of columns in the first half: the decay after their token up to the border."""
+
+
+class ChannelDecay:
+    """A decay a token, head and key channel, `[B, H, n, C, D]`: every pair at the border that parts it first.
+
+    The decay of a pair, a vector over d, has safe factors only where a border lies between both tokens: rows carry the
+    decay from the border on, columns that up to it. So a chunk is halved again and again, down to single tokens; the
+    pairs of a level are the products of last halves with first ones. The sums of a level are those of the level below,
+    plus the total of the other half.
     """
 
-    def __init__(self, log_decay: jax.Array, sub_chunk: int):
-        self._g, self._size = log_decay, log_decay.shape[-2]
-        self._sub = min(sub_chunk, self._size)
-        sums = [jnp.zeros_like(log_decay)]
-        for distance in range(1, self._sub):
-            sums.append(sums[-1] + _later(log_decay, distance - 1))
-        self._near = [jnp.exp(x) for x in sums]
-        if self._sub < self._size:
-            self._from_border, self._to_border = self._borders()
-
-    def _borders(self) -> tuple[jax.Array, jax.Array]:
-        blocks = self._blocks(self._g)
-        order = np.arange(blocks.shape[-3])
-        # [I, J, L]: whether sub-block L lies between J and I.
-        between = (order[:, None] < order) & (order < order[:, None, None])
-        totals = jnp.einsum("ijl,...ld->...ijd", between.astype(blocks.dtype), blocks.sum(-2), precision=HIGHEST)
-        sums = _after(blocks)[..., None, :, :, :] + totals[..., None, :]
-        earlier = (order[:, None] > order)[:, :, None, None]
-        return jnp.exp(jnp.cumsum(blocks, -2)), jnp.exp(jnp.where(earlier, sums, -jnp.inf))
-
-    def _blocks(self, x: jax.Array) -> jax.Array:
-        """`[..., C, D]` -> `[..., C / c, c, D]`, filled up with zeros."""
-        extra = -self._size % self._sub
-        if extra:
-            x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra), (0, 0)])
-        return x.reshape(*x.shape[:-2], -1, self._sub, x.shape[-1])
+    def __init__(self, log_decay: jax.Array):
+        self._size = log_decay.shape[-2]
+        g = _filled(log_decay)
+        before, through, after = jnp.zeros_like(g), g, jnp.zeros_like(g)
+        self._levels: list[Level] = []
+        half = 1
+        while half < g.shape[-2]:
+            before, through, after = (_halves(x, half) for x in (before, through, after))
+            rows = (jnp.exp(x[..., 1, :, :]) for x in (before, through))
+            self._levels.append(Level(*rows, jnp.exp(after[..., 0, :, :])))
+            first, last = through[..., :1, -1:, :], through[..., 1:, -1:, :]
+            earlier = jnp.concatenate([jnp.zeros_like(first), first], -3)
+            later = jnp.concatenate([last, jnp.zeros_like(last)], -3)
+            before, through, after = (x.reshape(g.shape) for x in (before + earlier, through + earlier, after + later))
+            half *= 2
+        self._before, self._through, self._after = (x[..., : self._size, :] for x in (before, through, after))
 
     def scores(self, x: jax.Array, y: jax.Array, *, exclusive: bool = False) -> jax.Array:
         """See the module."""
-        if exclusive:
-            # Row i decays as row i - 1 does.
-            moved = jnp.concatenate([x[..., 1:, :], jnp.zeros_like(x[..., :1, :])], -2)
-            return _later(self.scores(moved, y), 1)
-        distances = [
-            jnp.einsum("bhngid,bhnid->bhngi", x * decay[:, :, :, None], _later(y, distance), precision=HIGHEST)
-            for distance, decay in enumerate(self._near)
-        ]
-        near = _on_diagonals(jnp.stack(distances[::-1], -1))
-        if self._sub == self._size:
-            return near
-        far = jnp.einsum(
-            "bhngIid,bhnIJjd->bhngIiJj",
-            self._blocks(x) * self._from_border[:, :, :, None],
-            self._blocks(y)[:, :, :, None] * self._to_border,
-            precision=HIGHEST,
-        )
-        count = far.shape[4] * self._sub
-        far = far.reshape(*far.shape[:4], count, count)[..., : self._size, : self._size]
-        return jnp.where(np.tri(self._size, k=-self._sub, dtype=bool), far, near)
+        x, y = _filled(x), _filled(y)
+        own = jnp.einsum("bhngid,bhnid->bhngi", x, y, precision=HIGHEST)
+        blocks = (jnp.zeros_like(own) if exclusive else own)[..., None, None]
+        for level in self._levels:
+            half = level.after.shape[-2]
+            rows = (level.before if exclusive else level.through)[:, :, :, None]
+            corner = jnp.einsum(
+                "bhngmid,bhnmjd->bhngmij",
+                _halves(x, half)[..., 1, :, :] * rows,
+                _halves(y, half)[..., 0, :, :] * level.after,
+                precision=HIGHEST,
+            )
+            blocks = lower_blocks(blocks[..., 0::2, :, :], corner, blocks[..., 1::2, :, :])
+        return blocks[..., 0, : self._size, : self._size]
 
     def since_start(self, x: jax.Array, *, exclusive: bool = False) -> jax.Array:
         """See `NoDecay`."""
-        sums = jnp.cumsum(self._g, -2)
-        return x * jnp.exp(_later(sums, 1) if exclusive else sums)[:, :, :, None]
+        return x * jnp.exp(self._before if exclusive else self._through)[:, :, :, None]
 
     def until_end(self, y: jax.Array) -> jax.Array:
         """See `NoDecay`."""
-        return y * jnp.exp(_after(self._g))
+        return y * jnp.exp(self._after)
 
     def whole(self) -> Any:
         """See `NoDecay`."""
-        return jnp.exp(self._g.sum(-2))[..., None]
+        return jnp.exp(self._through[..., -1, :])[..., None]
 
 
-def _later(x: jax.Array, steps: int) -> jax.Array:
-    """`[..., C, D]` moved on by some tokens: row i holds what row i - steps held, the first ones zeros."""
-    if not steps:
-        return x
-    return jnp.pad(x[..., : x.shape[-2] - steps, :], [(0, 0)] * (x.ndim - 2) + [(steps, 0), (0, 0)])
+def lower_blocks(first: jax.Array, corner: jax.Array, last: jax.Array) -> jax.Array:
+    """[[first, 0], [corner, last]], blocks `[..., h, h]` of a lower triangular `[..., 2 h, 2 h]`."""
+    upper = jnp.concatenate([first, jnp.zeros_like(first)], -1)
+    return jnp.concatenate([upper, jnp.concatenate([corner, last], -1)], -2)
 
 
-def _after(g: jax.Array) -> jax.Array:
-    """Sums of log decays `[..., C, D]` after each token."""
-    sums = jax.lax.cumsum(g[..., 1:, :], axis=g.ndim - 2, reverse=True)
-    return jnp.pad(sums, [(0, 0)] * (g.ndim - 2) + [(0, 1), (0, 0)])
+def _filled(x: jax.Array) -> jax.Array:
+    """`[..., C, D]` filled up with zeros to a power of two tokens."""
+    size = x.shape[-2]
+    extra = (1 << (size - 1).bit_length()) - size
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra), (0, 0)]) if extra else x
 
 
-def _on_diagonals(x: jax.Array) -> jax.Array:
-    """`[..., C, c]` -> `[..., C, C]`: entry m of row i stands in column i - (c - 1) + m, zeros elsewhere."""
-    *lead, size, width = x.shape
-    # A row of C + c entries, read as rows of C + c - 1, starts one column later each time.
-    wide = jnp.pad(x, [(0, 0)] * (len(lead) + 1) + [(0, size)])
-    wide = wide.reshape(*lead, -1)[..., : size * (size + width - 1)].reshape(*lead, size, size + width - 1)
-    return wide[..., width - 1 :]
+def _halves(x: jax.Array, half: int) -> jax.Array:
+    """`[..., C, D]` -> `[..., C / 2 h, 2, h, D]`."""
+    return x.reshape(*x.shape[:-2], -1, 2, half, x.shape[-1])
+
+
+def _later(x: jax.Array) -> jax.Array:
+    """`[..., C, D]` moved on by one token: row i holds what row i - 1 held, the first one zeros."""
+    return jnp.pad(x[..., :-1, :], [(0, 0)] * (x.ndim - 2) + [(1, 0), (0, 0)])

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.recurrence.decay import HIGHEST
+from jattn.recurrence.decay import HIGHEST, lower_blocks
 
 BLOCK = 16
 
@@ -77,9 +77,7 @@ def _merged(inverse: jax.Array, below: jax.Array) -> jax.Array:
     """Inverses `[..., 2 m, w, w]` and the blocks under the first of each pair `[..., m, w, w]`: `[..., m, 2w, 2w]`."""
     first, second = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
     corner = _dot(_dot(second, below), first)
-    return jnp.concatenate(
-        [jnp.concatenate([first, jnp.zeros_like(first)], -1), jnp.concatenate([corner, second], -1)], -2
-    )
+    return lower_blocks(first, corner, second)
 
 
 def _dot(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ from jattn.recurrence.api import linear_recurrence, linear_recurrence_step
 from jattn.testing.tolerance import assert_within_policy
 from tests.recurrence.truth import KINDS, inputs, rng, truth
 
-STATIC = ("mode", "chunk_size", "sub_chunk", "reverse", "read", "return_final_state", "scale")
+STATIC = ("mode", "chunk_size", "reverse", "read", "return_final_state", "scale")
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
@@ -54,8 +54,8 @@ def test_modes_are_the_token_loop(kind, rank1):
     expected = truth(**given)
     for mode in ("recurrent", "parallel", *(() if rank1 else ("associative",))):
         close(in64(recur, given, mode=mode), expected)
-    for chunk_size, sub_chunk in ((3, 2), (16, 4), (8, 16), (1, 1)):
-        close(in64(recur, given, chunk_size=chunk_size, sub_chunk=sub_chunk), expected)
+    for chunk_size in (3, 16, 8, 1):
+        close(in64(recur, given, chunk_size=chunk_size), expected)
 
 
 @pytest.mark.parametrize("options", [{"read": "pre"}, {"reverse": True}, {"read": "pre", "reverse": True}], ids=str)
@@ -137,10 +137,10 @@ def test_gradients_of_chunks_are_those_of_the_token_loop(kind, rank1):
     weights = rng(8).normal(size=(2, 23, 2, 4)), rng(9).normal(size=(2, 2, 5, 4))
     expected = in64(gradients, given, weights, mode="recurrent")
     assert all(np.abs(x).max() > 0 for x in expected.values())
-    close(in64(gradients, given, weights, chunk_size=8, sub_chunk=4), expected, 1e-10)
+    close(in64(gradients, given, weights, chunk_size=8), expected, 1e-10)
     row = ids()
     packed = in64(gradients, given, weights, row, mode="recurrent")
-    found = in64(gradients, given, weights, row, chunk_size=8, sub_chunk=4)
+    found = in64(gradients, given, weights, row, chunk_size=8)
     close(found, packed, 1e-10)
     assert not found["key"][row < 0].any()
 
