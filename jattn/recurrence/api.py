@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jattn.recurrence.associative import run_associative
 from jattn.recurrence.chunk import run_chunks
-from jattn.recurrence.kernels import KERNELS, kernel_walk
+from jattn.recurrence.kernels import KERNELS, Kernel
 from jattn.recurrence.problem import Problem, flipped, make_problem
 from jattn.recurrence.tokens import run_tokens
 
@@ -121,7 +121,7 @@ def run(problem: Problem, mode: str, chunk_size: int, kernel: str | None = None)
     elif mode == "associative":
         out, state = run_associative(problem)
     else:
-        through = None if kernel is None else kernel_walk(kernel, problem.query.dtype)
+        through = None if kernel is None else Kernel(kernel, problem.query.dtype == jnp.bfloat16)
         out, state = run_chunks(problem, length if mode == "parallel" else chunk_size, through)
     return out, state
 

@@ -67,28 +67,30 @@ class Cut(NamedTuple):
         return np.clip(self.length - first, 0, self.size).reshape(self.steps, self.chunks).astype(np.int32)
 
 
-def run_chunks(problem: Problem, chunk_size: int, through: Any = None) -> tuple[jax.Array, jax.Array]:
+def run_chunks(problem: Problem, chunk_size: int, kernel: Any = None) -> tuple[jax.Array, jax.Array]:
     """Outputs and the final state.
 
     Args:
         problem: what to compute.
         chunk_size: C.
-        through: `(state, parts) -> (outputs, state)` of a kernel, which is then given all chunks at once.
+        kernel: what stands in for `chunk_parts` and `walk` and is then given all chunks at once, see `kernels.Kernel`.
 
     Returns:
         `[B, T, H, G, Dv]` in the dtype of sums, and `[B, H, D, Dv]`.
     """
-    cut = Cut.of(problem.query.shape[1], chunk_size, CHUNKS_A_STEP if through is None else None)
+    cut = Cut.of(problem.query.shape[1], chunk_size, CHUNKS_A_STEP if kernel is None else None)
     arrays = [cut.split(x) for x in (problem.query, problem.key, problem.value, problem.a, problem.b)]
     gates = None if problem.kind in ("none", "head") else cut.split(problem.log_decay)
     extras = tuple(cut.rows(x) for x in problem.extras)
     given = (arrays, gates, jnp.asarray(cut.valid()), cut.rows(problem.runs), extras)
 
+    make_parts, carry_through = (chunk_parts, walk) if kernel is None else (kernel.parts, kernel.walk)
+
     def step(carry: Any, given: Any) -> Any:
         state, run = carry
-        parts, run = chunk_parts(problem, run, *given)
-        out, state = (walk if through is None else through)(state, parts)
-        out = out.reshape(*out.shape[:3], -1, cut.size, out.shape[-1])
+        parts, run = make_parts(problem, run, *given)
+        out, state = carry_through(state, parts)
+        out = problem.scale * out.reshape(*out.shape[:3], -1, cut.size, out.shape[-1])
         return (state, run), out.transpose(0, 2, 4, 1, 3, 5)
 
     first = jnp.zeros_like(problem.state, shape=(problem.state.shape[0],), dtype=jnp.int32)
@@ -126,9 +128,9 @@ def chunk_parts(
         The parts `[B, H, n, ...]`, rows being those of all queries of a head, and the run of the last token.
     """
     dtype, exclusive = problem.dtype, problem.read == "pre"
-    q, k, v, a, b = (None if x is None else _heads_first(x.astype(dtype)) for x in arrays)
+    q, k, v, a, b = (None if x is None else heads_first(x.astype(dtype)) for x in arrays)
     assert q is not None and k is not None and v is not None
-    gates = None if gates is None else _heads_first(gates)
+    gates = None if gates is None else heads_first(gates)
     size = k.shape[-2]
     if problem.features is not None:
         q, k, v = problem.features(q, k, v, extras)
@@ -139,7 +141,7 @@ def chunk_parts(
     same = from_carry = at_end = None
     if runs is not None:
         runs = runs.transpose(1, 0, 2)  # [n, B, C]: the run of the carried state differs chunk by chunk
-        carried = jnp.concatenate([run[None], runs[:-1, :, -1]])
+        carried = carried_runs(run, runs)
         places = (runs[..., :, None] == runs[..., None, :], runs == carried[..., None], runs == runs[..., -1:])
         same, from_carry, at_end = (x.swapaxes(0, 1)[:, None] for x in places)  # [B, 1, n, C, ...]
         run = runs[-1, :, -1]
@@ -157,7 +159,6 @@ def chunk_parts(
         """`[B, H, n, G, C, D]` -> `[B, H, n, G C, D]`."""
         return x.reshape(*x.shape[:3], -1, x.shape[-1])
 
-    q = q * problem.scale
     seen = before if exclusive else through
     inside = masked(decay.scores(q, k, exclusive=exclusive), seen)
     if problem.bonus is not None:
@@ -188,7 +189,12 @@ def chunk_parts(
     ), run
 
 
-def _heads_first(x: jax.Array) -> jax.Array:
+def carried_runs(run: jax.Array, runs: jax.Array) -> jax.Array:
+    """The runs `[n, B]` of the states that come by chunks of tokens of runs `[n, B, C]`, the first one of run `[B]`."""
+    return jnp.concatenate([run[None], runs[:-1, :, -1]])
+
+
+def heads_first(x: jax.Array) -> jax.Array:
     """`[B, n, C, H]`, `[B, n, C, H, D]` or `[B, n, C, H, G, D]` to `[B, H, n, C]`, `[B, H, n, (G,) C, D]`."""
     return x.transpose({4: (0, 3, 1, 2), 5: (0, 3, 1, 2, 4), 6: (0, 3, 1, 4, 2, 5)}[x.ndim])
 

@@ -13,8 +13,12 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.flash_attention.pipeline import result_shape
 from pallas_kernels.linear_recurrence.parts import MULTIPLIED, Parts, backward_step, forward_step, narrowed
 
+FILLS = False
+"""Whether sizes must be powers of two."""
 
-def _dot(precision: Any, x, y, trans_a: bool = False, trans_b: bool = False):
+
+def dot(precision: Any, x, y, trans_a: bool = False, trans_b: bool = False):
+    """The product of two matrices, summed in float32 at least."""
     contracted = ((0 if trans_a else 1,), (1 if trans_b else 0,))
     dtype = jnp.promote_types(jnp.promote_types(x.dtype, y.dtype), jnp.float32)
     x, y = narrowed(x, y)
@@ -35,7 +39,7 @@ def _forward_kernel(precision: Any, names, *refs):
 
     state = state_ref[...]
     starts_ref[0, 0] = state
-    out_ref[0, 0], new = forward_step(functools.partial(_dot, precision), state, _parts(names, inputs))
+    out_ref[0, 0], new = forward_step(functools.partial(dot, precision), state, _parts(names, inputs))
     state_ref[...] = new
 
     @pl.when(chunk == pl.num_programs(1) - 1)
@@ -53,7 +57,7 @@ def _backward_kernel(precision: Any, names, *refs):
 
     d_new = d_state_ref[...]
     d_news_ref[0, 0] = d_new
-    d_state = backward_step(functools.partial(_dot, precision), _parts(names, inputs), d_out_ref[0, 0], d_new)
+    d_state = backward_step(functools.partial(dot, precision), _parts(names, inputs), d_out_ref[0, 0], d_new)
     d_state_ref[...] = d_state
 
     @pl.when(step == pl.num_programs(1) - 1)
@@ -95,6 +99,11 @@ def _call(kernel, name: str, arrays, states, outputs, ends, *, turned: bool, int
         interpret=interpret,
         name=name,
     )(*inputs)
+
+
+def inside_params(width: int) -> Any:
+    """Of the kernels that make the matrices of chunks, for D channels."""
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel"))
 
 
 def forward(state, parts: Parts, *, precision: Any = None, interpret: Any = False) -> tuple[Any, Any, Any]:

@@ -19,11 +19,14 @@ from pallas_kernels.flash_attention.pipeline import result_shape
 from pallas_kernels.flash_attention.sizes import padded
 from pallas_kernels.linear_recurrence.parts import MULTIPLIED, Parts, backward_step, forward_step, narrowed
 
+FILLS = True
+"""Whether sizes must be powers of two."""
 OF_COLUMNS = ("value", "read")
 """Parts that have value columns; each program reads its own."""
 
 
-def _dot(precision: Any, x, y, trans_a: bool = False, trans_b: bool = False):
+def dot(precision: Any, x, y, trans_a: bool = False, trans_b: bool = False):
+    """The product of two matrices, summed in float32 at least."""
     x, y = narrowed(x, y)
     return plgpu.dot(x, y, trans_a=trans_a, trans_b=trans_b, precision=precision)
 
@@ -38,7 +41,7 @@ def _forward_kernel(precision: Any, names, count: int, *refs):
 
     def step(chunk, state):
         plgpu.store(starts_ref.at[chunk], state)
-        out, new = forward_step(functools.partial(_dot, precision), state, _parts(names, inputs, chunk))
+        out, new = forward_step(functools.partial(dot, precision), state, _parts(names, inputs, chunk))
         plgpu.store(out_ref.at[chunk], out)
         return new
 
@@ -52,7 +55,7 @@ def _backward_kernel(precision: Any, names, count: int, *refs):
         chunk = count - 1 - index
         plgpu.store(d_news_ref.at[chunk], d_new)
         parts = _parts(names, inputs, chunk)
-        return backward_step(functools.partial(_dot, precision), parts, plgpu.load(d_out_ref.at[chunk]), d_new)
+        return backward_step(functools.partial(dot, precision), parts, plgpu.load(d_out_ref.at[chunk]), d_new)
 
     plgpu.store(d_first_ref, jax.lax.fori_loop(0, count, step, plgpu.load(d_last_ref)))
 
@@ -87,6 +90,12 @@ def _prepare(parts: Parts, v_dim: int, wanted=Parts._fields):
 
 def _compiler_params() -> Any:
     return plgpu.CompilerParams(num_warps=4, num_stages=1)
+
+
+def inside_params(width: int) -> Any:
+    """Of the kernels that make the matrices of chunks, for D channels."""
+    # With fewer warps Blackwell keeps the sums of 128 channels in its tensor memory, which is too small for all of them.
+    return plgpu.CompilerParams(num_warps=4 if width <= 64 else 16, num_stages=1)
 
 
 def forward(state, parts: Parts, *, precision: Any = None, interpret: Any = False) -> tuple[Any, Any, Any]:
