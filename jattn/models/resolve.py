@@ -175,6 +175,18 @@ def masked_attention(
     )
 
 
+def made_by(factory: Callable[..., Any]) -> Any:
+    """The class or function behind a factory with its options bound.
+
+    Example:
+        >>> made_by(resolve("softmax_attention", qk_norm="rmsnorm")).__name__
+        'MultiHeadAttention'
+    """
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    return factory
+
+
 def resolve(name: str, pattern: str | None = None, /, **options: Any) -> Callable[..., nnx.Module]:
     """Turn the name of a mechanism into a factory of layers.
 
