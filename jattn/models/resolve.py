@@ -25,7 +25,7 @@ _FROM_CALL = frozenset(
 )
 _FROM_MODEL = frozenset(
     ("self", "features", "num_heads", "num_kv_heads", "head_dim", "position", "dtype", "param_dtype", "rngs")
-    + ("attention_fn", "context_features")
+    + ("attention_fn", "context_features", "layer", "num_layers")
 )
 
 
