@@ -41,6 +41,8 @@ class RecurrentLayer(nnx.Module):
 
     beside: tuple[str, ...] = ()
     """Names of arrays `[B, T, ...]` that every call gives beside x; `mix` is handed them, with zeros at padding."""
+    hands_on: tuple[str, ...] = ()
+    """Names in aux of arrays `[B, T, ...]` that later layers of a stack are given beside x, if they say so."""
 
     def __init__(self, features: int, num_heads: int, *, position: Any = None):
         if position is not None and not hasattr(position, "rotate"):

@@ -44,7 +44,7 @@ class TransformerConfig:
         layer_scale: first value of a learned factor for each channel of what attention and MLP add; None for no factor.
         dropout: of embeddings and of what attention and MLP add to the stream.
         tie_embeddings: logits by the embedding table.
-        use_bias: whether projections have biases.
+        use_bias: whether projections have biases, which not every mechanism can have.
         embedding_std: deviation of token tables, position tables and class tokens at the start.
         residual_scale: factor on the initial values of the last projection of every attention and MLP. Below 1, the
             first blocks do not drown what the embeddings have put into the stream: GPT-2 takes 1 / sqrt(2 L).

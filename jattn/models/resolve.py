@@ -25,7 +25,7 @@ _FROM_CALL = frozenset(
 )
 _FROM_MODEL = frozenset(
     ("self", "features", "num_heads", "num_kv_heads", "head_dim", "position", "dtype", "param_dtype", "rngs")
-    + ("attention_fn", "context_features")
+    + ("attention_fn", "context_features", "layer", "num_layers")
 )
 
 
@@ -173,6 +173,18 @@ def masked_attention(
     return dot_product_attention(
         query, key, value, mask=both, query_positions=query_positions, key_positions=key_positions, **arguments
     )
+
+
+def made_by(factory: Callable[..., Any]) -> Any:
+    """The class or function behind a factory with its options bound.
+
+    Example:
+        >>> made_by(resolve("softmax_attention", qk_norm="rmsnorm")).__name__
+        'MultiHeadAttention'
+    """
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    return factory
 
 
 def resolve(name: str, pattern: str | None = None, /, **options: Any) -> Callable[..., nnx.Module]:

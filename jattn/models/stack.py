@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from jattn.mechanisms.softmax.alibi import Alibi
 from jattn.mechanisms.softmax.t5_bias import T5Bias
 from jattn.models.blocks import Block, norm_of
 from jattn.models.config import TransformerConfig
+from jattn.models.resolve import keywords, made_by
 from jattn.models.sites import Sites
 from jattn.probes import AttnHook
 
@@ -65,7 +67,7 @@ class Stack(nnx.Module):
         self.embedding_projection = None if config.embedding_features is None else _projection(config, rngs=rngs)
         crosses = [None] * config.num_layers if cross_factories is None else cross_factories
         blocks: list[Block] = []
-        for factory, cross_factory in zip(factories, crosses, strict=True):
+        for factory, cross_factory in zip(_numbered(factories, config), crosses, strict=True):
             block = Block(config, factory, position, cross_factory=cross_factory, rngs=rngs)
             if config.share_layers and blocks:
                 share_weights(block, blocks[0])
@@ -124,6 +126,7 @@ class Stack(nnx.Module):
         if isinstance(rngs, jax.Array):
             rngs = nnx.Rngs(rngs)  # A stream, so that every layer draws numbers of its own.
         gathered: dict[str, list[Any]] = {}
+        handed: dict[str, Any] = {}
         new_caches = []
         x = self.dropout(sites.visit("embed", x), deterministic=deterministic, rngs=rngs)
         for layer, block in enumerate(self.blocks):
@@ -136,13 +139,31 @@ class Stack(nnx.Module):
                 at_layer["hook"] = _of_layer(hook, layer, len(self.blocks))
             if cross_hook is not None:
                 across["hook"] = _of_layer(cross_hook, layer, len(self.blocks))
+            wanted = getattr(block.attention, "beside", ())
+            at_layer |= {name: handed[name] for name in wanted if name in handed}
             options = {"cross": across} if block.cross is not None else {}
             done = block(x, layer=layer, sites=sites, deterministic=deterministic, rngs=rngs, **options, **at_layer)
             x = done.output
             new_caches.append(done.cache)
             for name, value in done.aux.items():
-                gathered.setdefault(name, []).append(value)
+                if name in getattr(block.attention, "hands_on", ()):
+                    handed[name] = value
+                else:
+                    gathered.setdefault(name, []).append(value)
         return x if self.norm is None else self.norm(x), tuple(new_caches), _summary(gathered, sites)
+
+
+def _numbered(factories: Sequence[Callable[..., Any]], config: TransformerConfig) -> list[Callable[..., Any]]:
+    """Tell layers that ask for it their number among those of their kind, and how many these are."""
+    kinds = [made_by(factory) for factory in factories]
+    if config.share_layers:
+        return list(factories)  # All are the first one.
+    return [
+        functools.partial(factory, layer=kinds[:place].count(kind), num_layers=kinds.count(kind))
+        if {"layer", "num_layers"} <= keywords(kind)
+        else factory
+        for place, (factory, kind) in enumerate(zip(factories, kinds, strict=True))
+    ]
 
 
 def _of_layer(hook: Any, layer: int, num_layers: int) -> AttnHook:

@@ -13,7 +13,7 @@ from flax import nnx
 
 from jattn.layers.attention import MultiHeadAttention
 from jattn.models.config import TransformerConfig
-from jattn.models.resolve import resolve, resolve_function
+from jattn.models.resolve import keywords, made_by, resolve, resolve_function
 from jattn.softmax.calling import call_attention
 from jattn.softmax.masks import Mask
 
@@ -101,7 +101,8 @@ def factories(
 
     Raises:
         ValueError: an unknown name or option, a mechanism that lacks the pattern or cannot serve some heads alone, a
-            layer or head that the model does not have, or options beside swaps.
+            layer or head that the model does not have, options beside swaps, or `config.use_bias` with a mechanism
+            whose projections have no biases.
 
     Example:
         >>> config = TransformerConfig(num_layers=3)
@@ -109,6 +110,17 @@ def factories(
         >>> made[0] == made[2], made[0] == made[1]
         (True, False)
     """
+    made = _made(attention, options, pattern, config)
+    if config.use_bias:
+        plain = {kind.__name__ for kind in map(made_by, made) if "use_bias" not in keywords(kind)}
+        if plain:
+            raise ValueError(f"use_bias=True cannot be met: there are no biases in {', '.join(sorted(plain))}")
+    return made
+
+
+def _made(
+    attention: Attention, options: Mapping[str, Any] | None, pattern: str, config: TransformerConfig
+) -> list[Callable[..., nnx.Module]]:
     if isinstance(attention, str):
         return [resolve(attention, pattern, **(options or {}))] * config.num_layers
     if options:

@@ -12,6 +12,7 @@ from jattn.recurrence.associative import run_associative
 from jattn.recurrence.chunk import run_chunks
 from jattn.recurrence.kernels import KERNELS, Kernel
 from jattn.recurrence.problem import Problem, flipped, make_problem
+from jattn.recurrence.segment_states import count_segments, last_tokens, states_at, states_in_windows
 from jattn.recurrence.tokens import run_tokens
 
 MODES = ("recurrent", "chunk", "parallel", "associative")
@@ -37,6 +38,8 @@ def linear_recurrence(
     chunk_size: int = 64,
     sub_chunk: int = 16,
     return_final_state: bool = False,
+    segment_final_state: bool = False,
+    max_segments: int | None = None,
 ) -> Any:
     """A linear recurrence over matrices, with decay and a rank-1 correction.
 
@@ -70,13 +73,21 @@ def linear_recurrence(
         chunk_size: C, tokens a chunk; no effect on the result.
         sub_chunk: accepted as other libraries have it, and without effect: chunks are halved down to single tokens.
         return_final_state: also return the state after the last token.
+        segment_final_state: also return the state after each segment, behind the final state if both are asked for.
+            Segments are numbered from the left, with `reverse` too, where the state is that after the segment's
+            leftmost token. What there is no segment for is zeros. In a row of nothing but padding the first one is the
+            initial state.
+        max_segments: M, how many segments of a row have their states returned; what lies to the right of them is left
+            out. None counts the segments, which needs ids that are known outside of jit.
 
     Returns:
-        `[B, T, N, Dv]` in the query's dtype; with `return_final_state` also the state, float32 `[B, N, D, Dv]`.
+        `[B, T, N, Dv]` in the query's dtype; with `return_final_state` also the state, float32 `[B, N, D, Dv]`; with
+        `segment_final_state` also those after segments, float32 `[B, M, N, D, Dv]`.
 
     Raises:
         ValueError: shapes that do not fit, an unknown mode or implementation, a and b in mode "associative", a kernel
-            in another mode than "chunk".
+            in another mode than "chunk"; max_segments below 1, without `segment_final_state`, or missing where the
+            segments cannot be counted.
 
     Example:
         >>> import jax.numpy as jnp
@@ -96,6 +107,10 @@ def linear_recurrence(
         raise ValueError(f"implementation={implementation!r} computes mode='chunk', not mode={mode!r}")
     if chunk_size < 1 or sub_chunk < 1:
         raise ValueError(f"chunk_size and sub_chunk must be at least 1, got {chunk_size} and {sub_chunk}")
+    if max_segments is not None and (not segment_final_state or max_segments < 1):
+        raise ValueError(f"max_segments must be at least 1 and needs segment_final_state=True; got {max_segments}")
+    if segment_final_state and max_segments is None:
+        max_segments = count_segments(segment_ids)
     arrays = {"query": query, "key": key, "value": value, "a": a, "b": b, "segment_ids": segment_ids}
     if reverse:
         arrays = {name: flipped(x) for name, x in arrays.items()}
@@ -104,26 +119,56 @@ def linear_recurrence(
         log_decay=log_decay, scale=scale, initial_state=initial_state, read=read, bonus=bonus, **arrays
     )
     kernel = implementation if implementation in KERNELS else None
-    out, state = run(problem, mode, chunk_size, kernel)
+    out, state, ends = run(problem, mode, chunk_size, kernel, max_segments, reverse)
     out = out.reshape(*out.shape[:2], -1, out.shape[-1]).astype(jnp.asarray(query).dtype)
     out = flipped(out) if reverse else out
-    if not return_final_state:
-        return out
-    return out, jnp.repeat(state, out.shape[2] // state.shape[1], axis=1)
+    repeats = out.shape[2] // state.shape[1]
+    found = [out]
+    if return_final_state:
+        found.append(jnp.repeat(state, repeats, axis=1))
+    if segment_final_state:
+        found.append(jnp.repeat(ends, repeats, axis=2))
+    return tuple(found) if len(found) > 1 else out
 
 
-@functools.partial(jax.jit, static_argnames=("mode", "chunk_size", "kernel"))
-def run(problem: Problem, mode: str, chunk_size: int, kernel: str | None = None) -> tuple[jax.Array, jax.Array]:
-    """Outputs `[B, T, H, G, Dv]` and the final state `[B, H, D, Dv]` of a checked problem."""
-    length = problem.query.shape[1]
+@functools.partial(jax.jit, static_argnames=("mode", "chunk_size", "kernel", "max_segments", "from_the_right"))
+def run(
+    problem: Problem,
+    mode: str,
+    chunk_size: int,
+    kernel: str | None = None,
+    max_segments: int | None = None,
+    from_the_right: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """A checked problem: `[B, T, H, G, Dv]`, `[B, H, D, Dv]`, and the states after segments `[B, M, H, D, Dv]` or None.
+
+    Segments are numbered as the problem has them, or from its last token on.
+    """
+    length, count = problem.query.shape[1], max_segments or 0
+    asked = max_segments is not None
+    numbers = problem.runs if asked else None
+    if numbers is not None and from_the_right:
+        numbers = numbers[:, -1:] - numbers
+    ends = starts = None
     if mode == "recurrent":
-        out, state = run_tokens(problem)
+        out, state, ends = run_tokens(problem, numbers, count)
     elif mode == "associative":
-        out, state = run_associative(problem)
+        out, states = run_associative(problem)
+        state = states[:, -1]
+        ends = None if numbers is None else states_at(states, last_tokens(numbers, count))
     else:
-        through = None if kernel is None else Kernel(kernel, problem.query.dtype == jnp.bfloat16)
-        out, state = run_chunks(problem, length if mode == "parallel" else chunk_size, through)
-    return out, state
+        in_chunks = mode == "chunk" and kernel is None
+        kernels = None if kernel is None else Kernel(kernel, problem.query.dtype == jnp.bfloat16)
+        size = length if mode == "parallel" else chunk_size
+        keep = in_chunks and numbers is not None
+        out, state, starts = run_chunks(problem, size, kernels, keep_starts=keep)
+        if numbers is not None:
+            if not in_chunks:
+                _, _, starts = run_chunks(problem, chunk_size, keep_starts=True)
+            ends = states_in_windows(problem, starts, numbers, count, chunk_size)
+    if asked and ends is None:
+        ends = jnp.pad(state[:, None], [(0, 0), (0, count - 1), (0, 0), (0, 0), (0, 0)])
+    return out, state, ends
 
 
 def linear_recurrence_step(

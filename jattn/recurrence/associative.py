@@ -17,7 +17,7 @@ from jattn.recurrence.problem import Problem
 
 
 def run_associative(problem: Problem) -> tuple[jax.Array, jax.Array]:
-    """Outputs `[B, T, H, G, Dv]` in the dtype of sums, and the final state; memory T D Dv a head.
+    """Outputs `[B, T, H, G, Dv]` in the dtype of sums, and all states `[B, T + 1, H, D, Dv]`, the initial one first.
 
     Raises:
         ValueError: a problem with a rank-1 term, whose steps are no pairs (decay, state).
@@ -53,7 +53,7 @@ def run_associative(problem: Problem) -> tuple[jax.Array, jax.Array]:
     if problem.bonus is not None:
         weight = jnp.einsum("bthgd,hgd,bthd->bthg", q, problem.bonus, k, precision=HIGHEST)
         out = out + weight[..., None] * v[:, :, :, None]
-    return out, states[:, -1]
+    return out, states
 
 
 def _then(left: Any, right: Any) -> Any:

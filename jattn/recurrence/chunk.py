@@ -67,16 +67,19 @@ class Cut(NamedTuple):
         return np.clip(self.length - first, 0, self.size).reshape(self.steps, self.chunks).astype(np.int32)
 
 
-def run_chunks(problem: Problem, chunk_size: int, kernel: Any = None) -> tuple[jax.Array, jax.Array]:
-    """Outputs and the final state.
+def run_chunks(
+    problem: Problem, chunk_size: int, kernel: Any = None, *, keep_starts: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Outputs, the final state, and the states between chunks if they are asked for.
 
     Args:
         problem: what to compute.
         chunk_size: C.
         kernel: what stands in for `chunk_parts` and `walk` and is then given all chunks at once, see `kernels.Kernel`.
+        keep_starts: also return the states that come by at the starts of chunks, not with a kernel.
 
     Returns:
-        `[B, T, H, G, Dv]` in the dtype of sums, and `[B, H, D, Dv]`.
+        `[B, T, H, G, Dv]` in the dtype of sums, `[B, H, D, Dv]`, and `[B, chunks, H, D, Dv]` or None.
     """
     cut = Cut.of(problem.query.shape[1], chunk_size, CHUNKS_A_STEP if kernel is None else None)
     arrays = [cut.split(x) for x in (problem.query, problem.key, problem.value, problem.a, problem.b)]
@@ -89,17 +92,20 @@ def run_chunks(problem: Problem, chunk_size: int, kernel: Any = None) -> tuple[j
     def step(carry: Any, given: Any) -> Any:
         state, run = carry
         parts, run = make_parts(problem, run, *given)
-        out, state = carry_through(state, parts)
+        out, state, starts = carry_through(state, parts)
+        starts = starts.swapaxes(1, 2) if keep_starts else None
         out = problem.scale * out.reshape(*out.shape[:3], -1, cut.size, out.shape[-1])
-        return (state, run), out.transpose(0, 2, 4, 1, 3, 5)
+        return (state, run), (out.transpose(0, 2, 4, 1, 3, 5), starts)
 
     first = jnp.zeros_like(problem.state, shape=(problem.state.shape[0],), dtype=jnp.int32)
     body = jax.checkpoint(step, prevent_cse=cut.steps == 1)
     if cut.steps == 1:
-        (state, _), out = body((problem.state, first), jax.tree.map(lambda x: x[0], given))
-        return cut.join(out[None]), state
-    (state, _), out = jax.lax.scan(body, (problem.state, first), given)
-    return cut.join(out), state
+        (state, _), (out, starts) = body((problem.state, first), jax.tree.map(lambda x: x[0], given))
+        return cut.join(out[None]), state, starts
+    (state, _), (out, starts) = jax.lax.scan(body, (problem.state, first), given)
+    if keep_starts:
+        starts = jnp.moveaxis(starts, 0, 1).reshape(problem.state.shape[0], -1, *problem.state.shape[1:])
+    return cut.join(out), state, starts
 
 
 def _decay(problem: Problem, gates: Any, size: int, valid: Any) -> Any:
@@ -199,8 +205,8 @@ def heads_first(x: jax.Array) -> jax.Array:
     return x.transpose({4: (0, 3, 1, 2), 5: (0, 3, 1, 2, 4), 6: (0, 3, 1, 4, 2, 5)}[x.ndim])
 
 
-def walk(state: jax.Array, parts: Parts) -> tuple[jax.Array, jax.Array]:
-    """Carry the state through chunks: outputs `[B, H, n, M, Dv]` and the last state."""
+def walk(state: jax.Array, parts: Parts) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Carry the state through chunks: outputs `[B, H, n, M, Dv]`, the last state, and those at all starts."""
     count = parts.keys.shape[2]
     decays = jnp.broadcast_to(parts.decay, (*parts.decay.shape[:2], count, *parts.decay.shape[3:]))
     added = dot(parts.keys.swapaxes(-1, -2), parts.value)
@@ -212,8 +218,9 @@ def walk(state: jax.Array, parts: Parts) -> tuple[jax.Array, jax.Array]:
             reads.append(parts.read[:, :, i] + dot(parts.carry[:, :, i], state))
             new = new + dot(parts.write[:, :, i].swapaxes(-1, -2), reads[-1])
         state = new
-    out = dot(parts.rows, jnp.stack(starts, 2)) + dot(parts.inside, parts.value)
-    return (out + dot(parts.also, jnp.stack(reads, 2)) if reads else out), state
+    carried = jnp.stack(starts, 2)
+    out = dot(parts.rows, carried) + dot(parts.inside, parts.value)
+    return (out + dot(parts.also, jnp.stack(reads, 2)) if reads else out), state, carried
 
 
 def dot(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -200,7 +200,7 @@ def attend_causally(
         features=kernel.of_chunks,
         extras=(jnp.broadcast_to(positions, (batch, length)), valid),
     )
-    sums, state = run_chunks(problem, kernel.chunk_size)
+    sums, state, _ = run_chunks(problem, kernel.chunk_size)
     return kernel.divided(sums), state
 
 

@@ -87,9 +87,9 @@ class Kernel(NamedTuple):
             found["read"] = dot(found.pop("seen"), value.astype(problem.dtype))
         return Parts(**found, value=value.astype(kept)), run
 
-    def walk(self, state: Any, parts: Parts) -> tuple[jax.Array, jax.Array]:
-        """As `chunk.walk`."""
-        return _walk(self, state, parts)
+    def walk(self, state: Any, parts: Parts) -> tuple[jax.Array, jax.Array, None]:
+        """As `chunk.walk`, but for the states between chunks."""
+        return *_walk(self, state, parts), None
 
 
 def _rows(x: jax.Array) -> jax.Array:

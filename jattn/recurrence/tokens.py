@@ -10,28 +10,45 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jattn.recurrence.decay import HIGHEST
 from jattn.recurrence.problem import Problem
 
 
-def run_tokens(problem: Problem) -> tuple[jax.Array, jax.Array]:
-    """Outputs `[B, T, H, G, Dv]` in the dtype of sums, and the final state `[B, H, D, Dv]`."""
+def run_tokens(problem: Problem, numbers: Any = None, count: int = 0) -> tuple[jax.Array, jax.Array, Any]:
+    """Outputs, the final state, and the states after segments if they are asked for.
+
+    Args:
+        problem: what to compute.
+        numbers: int32 `[B, T]`, the segment of each token; None if no states of segments are asked for.
+        count: M, of how many segments, 0 to M - 1.
+
+    Returns:
+        `[B, T, H, G, Dv]` in the dtype of sums, `[B, H, D, Dv]`, and `[B, M, H, D, Dv]` or None.
+    """
     per_token = [problem.query, problem.key, problem.value, problem.a, problem.b, problem.runs]
     gates = problem.log_decay
     per_token.append(None if problem.kind in ("none", "head") else gates)
-    first = jnp.zeros_like(problem.state, shape=(problem.state.shape[0],), dtype=jnp.int32)
+    batch, *rest = problem.state.shape
+    first = jnp.zeros_like(problem.state, shape=(batch,), dtype=jnp.int32)
+    ends = None if numbers is None else jnp.zeros_like(problem.state, shape=(batch, count, *rest))
 
     def step(carry: Any, token: Any) -> Any:
-        return _step(problem, carry, *token)
+        (carried, ends), (arrays, number) = carry, token
+        carried, out = _step(problem, carried, *arrays)
+        if ends is not None:
+            # Each token overwrites what the one before it left, so that no more than M states are held.
+            ends = ends.at[np.arange(batch), number].set(carried[0], mode="drop", unique_indices=True)
+        return (carried, ends), out
 
+    start = (problem.state, first), ends
     if problem.query.shape[1] == 1:
-        (state, _), out = step((problem.state, first), jax.tree.map(lambda x: x[:, 0], per_token))
-        return out[:, None], state
-    (state, _), out = jax.lax.scan(
-        step, (problem.state, first), jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), per_token)
-    )
-    return jnp.moveaxis(out, 0, 1), state
+        ((state, _), ends), out = step(start, jax.tree.map(lambda x: x[:, 0], (per_token, numbers)))
+        return out[:, None], state, ends
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (per_token, numbers))
+    ((state, _), ends), out = jax.lax.scan(step, start, tokens)
+    return jnp.moveaxis(out, 0, 1), state, ends
 
 
 def _step(problem: Problem, carry: Any, q: Any, k: Any, v: Any, a: Any, b: Any, own: Any, gate: Any) -> Any:

@@ -11,10 +11,12 @@ import numpy as np
 __all__ = [
     "SegmentRanges",
     "cu_seqlens_from_segment_ids",
+    "pack_cu_seqlens",
     "positions_from_segments",
     "renumber_segments",
     "segment_ids_from_cu_seqlens",
     "segment_tile_ranges",
+    "unpack_cu_seqlens",
 ]
 
 
@@ -117,13 +119,7 @@ def segment_ids_from_cu_seqlens(cu_seqlens: Any, length: int) -> Any:
 
     Source: the interface of FlashAttention's variable-length functions (arXiv 2205.14135, code).
     """
-    ends, xp = _checked("cu_seqlens", cu_seqlens)
-    if ends.ndim != 1:
-        raise ValueError(f"cu_seqlens must have one axis; got shape {ends.shape}")
-    if not isinstance(ends, jax.core.Tracer):
-        values = np.asarray(ends)
-        if values[0] != 0 or (np.diff(values) < 0).any() or values[-1] > length:
-            raise ValueError(f"cu_seqlens must ascend from 0 to at most {length}; got {values}")
+    ends, xp = _ends(cu_seqlens, length)
     place = np.arange(length)
     ids = xp.searchsorted(ends, place, side="right").astype(np.int32) - 1
     return xp.where(place < ends[-1], ids, -1).astype(np.int32)
@@ -172,6 +168,135 @@ def cu_seqlens_from_segment_ids(segment_ids: Any, num_segments: int | None = Non
     ordered = xp.sort(xp.where(starts, place, ids.shape[0]))
     ordered = xp.concatenate([ordered, xp.full(max(0, num_segments + 1 - ids.shape[0]), ids.shape[0], ordered.dtype)])
     return xp.minimum(ordered[: num_segments + 1], total).astype(np.int32)
+
+
+def unpack_cu_seqlens(packed: Any, cu_seqlens: Any, max_length: int | None = None, *, axis: int = 0) -> tuple[Any, Any]:
+    """Packed documents as rows of their own, filled up with zeros.
+
+    rows[m, t] = packed[cu[m] + t],  ids[m, t] = m   where t < cu[m + 1] - cu[m];  elsewhere 0 and -1 (padding)
+
+    Args:
+      packed: [T, ...], or with `axis=1` [1, T, ...]; or a pytree of such arrays, such as queries, keys and values.
+      cu_seqlens: Integers [M + 1], ascending from 0 to at most T; equal neighbors are empty documents.
+      max_length: L, tokens a row; None takes those of the longest document, which needs cu_seqlens that are known
+        outside of jit. Under jit what lies behind the first L tokens of a document is cut off.
+      axis: Where the T tokens lie, 0 or 1.
+
+    Returns:
+      The rows [M, L, ...], and the segment ids int32 [M, L] for both engines. Numpy from numpy.
+
+    Raises:
+      ValueError: If shapes do not fit, if max_length is missing under jit, or (outside jit) if cu_seqlens does not
+        ascend from 0 to at most T or a document is longer than max_length.
+
+    Example:
+      >>> import numpy as np
+      >>> rows, ids = unpack_cu_seqlens(np.array([5, 6, 7]), np.array([0, 1, 3]))
+      >>> rows.tolist(), ids.tolist()
+      ([[5, 0], [6, 7]], [[0, -1], [1, 1]])
+
+    Source: the interface of FlashAttention's variable-length functions (arXiv 2205.14135, code).
+    """
+    length = _tokens(packed, axis)
+    ends, xp = _ends(cu_seqlens, length)
+    lengths = ends[1:] - ends[:-1]
+    if not isinstance(ends, jax.core.Tracer):
+        longest = max(1, *np.asarray(lengths).tolist()) if len(lengths) else 1
+        max_length = longest if max_length is None else max_length
+        if max_length < longest:
+            raise ValueError(f"max_length is {max_length}, but cu_seqlens has a document of {longest} tokens")
+    if max_length is None or max_length < 1:
+        raise ValueError(f"max_length must be at least 1, and given under jit; got {max_length}")
+    place = np.arange(max_length)
+    real = place < lengths[:, None]
+    source = xp.minimum(ends[:-1, None] + place, length - 1)
+
+    def row(x: Any) -> Any:
+        return _taken(x if axis == 0 else x[0], real, source)
+
+    ids = xp.where(real, np.arange(len(lengths))[:, None], -1).astype(np.int32)
+    return jax.tree.map(row, packed), ids
+
+
+def pack_cu_seqlens(rows: Any, cu_seqlens: Any, length: int, *, axis: int = 0) -> Any:
+    """The inverse of `unpack_cu_seqlens`: rows of documents, one behind the other.
+
+    packed[cu[m] + t] = rows[m, t]   where t < cu[m + 1] - cu[m];  0 from the last document on
+
+    Args:
+      rows: [M, L, ...], or a pytree of such arrays; what lies behind the end of a document is not read.
+      cu_seqlens: Integers [M + 1], ascending from 0 to at most `length`; equal neighbors are empty documents.
+      length: T, number of tokens with padding.
+      axis: Where the T tokens shall lie, 0 or 1.
+
+    Returns:
+      [T, ...], or with `axis=1` [1, T, ...]. Numpy from numpy.
+
+    Raises:
+      ValueError: If shapes do not fit, or (outside jit) if cu_seqlens does not ascend from 0 to at most `length` or a
+        document is longer than L.
+
+    Example:
+      >>> import numpy as np
+      >>> pack_cu_seqlens(np.array([[5, 0], [6, 7]]), np.array([0, 1, 3]), 4).tolist()
+      [5, 6, 7, 0]
+
+    Source: the interface of FlashAttention's variable-length functions (arXiv 2205.14135, code).
+    """
+    ends, xp = _ends(cu_seqlens, length)
+    ids = segment_ids_from_cu_seqlens(ends, length)
+    document = xp.maximum(ids, 0)
+    place = np.arange(length) - ends[document]
+
+    def packed(x: Any) -> Any:
+        if x.ndim < 2 or x.shape[0] != len(ends) - 1 or not x.size:
+            raise ValueError(f"rows must be [{len(ends) - 1}, L, ...] to fit cu_seqlens; got {list(x.shape)}")
+        if not isinstance(ends, jax.core.Tracer) and np.max(np.diff(np.asarray(ends))) > x.shape[1]:
+            raise ValueError(f"rows have room for {x.shape[1]} tokens, but cu_seqlens has a longer document: {ends}")
+        # A document that unpacking cut off has zeros where its tokens are missing.
+        there = (ids >= 0) & (place < x.shape[1])
+        taken = _taken(x, there, document, xp.clip(place, 0, x.shape[1] - 1))
+        return taken if axis == 0 else taken[None]
+
+    if axis not in (0, 1):
+        raise ValueError(f"axis must be 0 or 1, got {axis}")
+    return jax.tree.map(packed, rows)
+
+
+def _ends(cu_seqlens: Any, length: int) -> tuple[Any, Any]:
+    """Checked cumulative lengths, and the module that computes with them."""
+    ends, xp = _checked("cu_seqlens", cu_seqlens)
+    if ends.ndim != 1:
+        raise ValueError(f"cu_seqlens must have one axis; got shape {ends.shape}")
+    if not isinstance(ends, jax.core.Tracer):
+        values = np.asarray(ends)
+        if values[0] != 0 or (np.diff(values) < 0).any() or values[-1] > length:
+            raise ValueError(f"cu_seqlens must ascend from 0 to at most {length}; got {values}")
+    return ends, xp
+
+
+def _tokens(packed: Any, axis: int) -> int:
+    """T of a pytree of packed arrays; ValueError if they do not agree."""
+    if axis not in (0, 1):
+        raise ValueError(f"axis must be 0 or 1, got {axis}")
+    shapes = [np.shape(x) for x in jax.tree.leaves(packed)]
+    lengths = {shape[axis] for shape in shapes if len(shape) > axis and (axis == 0 or shape[0] == 1)}
+    if (
+        len(lengths) != 1
+        or 0 in lengths
+        or any(len(shape) <= axis or shape[:axis] not in ((), (1,)) for shape in shapes)
+    ):
+        raise ValueError(
+            f"packed must be arrays {'[T, ...]' if axis == 0 else '[1, T, ...]'} of one T > 0; got {shapes}"
+        )
+    return lengths.pop()
+
+
+def _taken(x: Any, real: Any, *places: Any) -> Any:
+    """The tokens of x at some places, zeros where they are not `real` [M, L] or [T]."""
+    xp = np if isinstance(real, np.ndarray) and isinstance(x, np.ndarray) else jnp
+    x = xp.asarray(x)[places]
+    return xp.where(real.reshape(*real.shape, *(1,) * (x.ndim - real.ndim)), x, xp.zeros((), x.dtype))
 
 
 class SegmentRanges(NamedTuple):

@@ -1,5 +1,7 @@
 """Models whose attention is a recurrence: what is kept while decoding does not grow, and changes nothing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,3 +82,75 @@ def test_what_a_recurrence_cannot_do_is_refused():
         model_of("GatedLinearAttention", TransformerConfig(vocab_size=5, features=8, num_heads=2, position="alibi"))
     with pytest.raises(ValueError, match="does not support 'noncausal self'"):
         Encoder(CONFIG, attention="GatedLinearAttention", rngs=nnx.Rngs(0))
+
+
+RWKV = TransformerConfig(vocab_size=17, features=8, num_layers=3, num_heads=2, position="none", mlp_ratio=2.0)
+RANKS = {f"{name}_rank": 2 for name in ("decay", "rate", "gate", "value")} | {"chunk_size": 4}
+
+
+def rwkv(attention="Rwkv7", config=RWKV, **options):
+    """A model whose parameters are all random: half of those of RWKV-7 start at 0 or at a constant."""
+    graph, state = nnx.split(model_of(attention, config, **options))
+    r = np.random.default_rng(3)
+    return nnx.merge(graph, jax.tree.map(lambda x: jnp.asarray(0.5 * r.normal(size=x.shape), x.dtype), state))
+
+
+def by_hand(model, tokens, values=None, **call):
+    """The model layer by layer; `values` stands for those of the first layer."""
+    x = model.embed(tokens)
+    for number, block in enumerate(model.stack.blocks):
+        done = block.attention(block.attention_norm(x), **({"v_first": values} if number else {}), **call)
+        values = done.aux["v_first"] if number == 0 and values is None else values
+        x = x + done.output
+        x = x + block.mlp(block.mlp_norm(x))
+    return model.embed.attend(model.stack.norm(x))
+
+
+def test_later_layers_are_handed_the_values_of_the_first():
+    model, tokens = rwkv(**RANKS), jnp.asarray(np.random.default_rng(1).integers(0, 17, (2, 9)))
+    layers = [block.attention for block in model.stack.blocks]
+    assert [layer.residual is None for layer in layers] == [True, False, False]
+    ids = jnp.asarray([[0, 0, 0, -1, 1, 1, 1, 1, -1], [2] * 9])
+    for call in ({}, {"segment_ids": ids}):
+        found = nnx.jit(lambda model, call: model(tokens, **call))(model, call)
+        expected = nnx.jit(lambda model, call: by_hand(model, tokens, **call))(model, call)
+        np.testing.assert_allclose(found.logits, expected, rtol=1e-4, atol=1e-5)
+        assert found.aux == {}
+    _, logits = stepwise(model, tokens, model.init_cache(FullCache(9), 2))
+    whole = nnx.jit(lambda model: by_hand(model, tokens))(model)
+    np.testing.assert_allclose(logits, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_the_first_layer_through_the_values_handed_on():
+    model, tokens = rwkv(**RANKS), jnp.asarray(np.random.default_rng(1).integers(0, 17, (2, 5)))
+
+    def slopes(model, function):
+        return nnx.grad(lambda model: jnp.sum(jnp.sin(function(model))))(model)
+
+    def cut_off(model):
+        first = model.stack.blocks[0].attention(model.stack.blocks[0].attention_norm(model.embed(tokens)))
+        return by_hand(model, tokens, jax.lax.stop_gradient(first.aux["v_first"]))
+
+    jitted = nnx.jit(slopes, static_argnums=1)
+    functions = (lambda model: model(tokens).logits, lambda model: by_hand(model, tokens), cut_off)
+    found, expected, without = (
+        jitted(model, function)["stack"]["blocks"][0]["attention"]["value"]["kernel"].get_value()
+        for function in functions
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(found - without).max() > 1e-2 * np.abs(expected).max()
+
+
+def test_layers_are_numbered_among_those_of_their_kind():
+    mixed = rwkv([Swap("Rwkv7", RANKS, layers=[1]), Swap("Rwkv7", {**RANKS, "gate_rank": 3}, layers=[2])])
+    first, second = (mixed.stack.blocks[layer].attention for layer in (1, 2))
+    assert (first.residual, first.hands_on, second.beside) == (None, ("v_first",), ("v_first",))
+    tokens = jnp.asarray([[1, 2, 3]])
+    assert np.isfinite(nnx.jit(lambda model: model(tokens).logits)(mixed)).all()
+    alone = rwkv(Swap("Rwkv7", RANKS, layers=[1]))
+    assert alone.stack.blocks[1].attention.hands_on == ()
+    shared = model_of("Rwkv7", dataclasses.replace(RWKV, share_layers=True), **RANKS)
+    assert [block.attention.residual for block in shared.stack.blocks] == [None] * 3
+    assert shared(tokens).logits.shape == (1, 3, 17)
+    with pytest.raises(ValueError, match="no option 'num_layers'"):
+        model_of("Rwkv7", RWKV, num_layers=2)

@@ -92,6 +92,24 @@ def test_biases_and_exact_gelu():
     np.testing.assert_allclose(mlp(x), want, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("attention", "named"),
+    [
+        ("DeltaRule", "no biases in DeltaRule"),
+        ([Swap("Rwkv7", layers=[1]), Swap("Ssd", layers=[0])], "no biases in Rwkv7, Ssd"),
+    ],
+    ids=["all layers", "swaps"],
+)
+def test_biases_of_layers_without_any_are_refused_before_anything_is_built(attention, named):
+    config = TransformerConfig(vocab_size=13, features=16, num_layers=2, num_heads=4, use_bias=True)
+    with pytest.raises(ValueError, match=named):
+        DecoderLM(config, attention=attention, rngs=None)
+    # A swap that later ones replace everywhere is not built.
+    others = [Swap("DeltaRule"), Swap("linear_attention")]
+    model = DecoderLM(config, attention=others, rngs=nnx.Rngs(0))
+    assert model.stack.blocks[1].attention.query.bias is not None
+
+
 def test_a_vision_transformer_without_a_head_gives_features():
     config = dataclasses.replace(CONFIG, vocab_size=1)
     sizes = {"image_size": 8, "patch_size": 4, "num_channels": 1}

@@ -126,13 +126,16 @@ class Rwkv7(RecurrentLayer):
 
         first = layers[0](x);   y = layers[1](x1, v_first=first.aux["v_first"])
 
+    `jattn.models` number the layers and hand the values on, unless layers share their weights.
+
     Args:
         features: M, width of x and of the output.
         num_heads: N.
         num_kv_heads: N or not given; every head has its own key and value.
         head_dim: D; features / num_heads if not given.
-        layer: number of the layer, from 0: where initial values start, and whether `v_first` is wanted.
-        num_layers: of the model.
+        layer: number of the layer among those of its kind, from 0: where initial values start, and whether `v_first`
+            is wanted.
+        num_layers: how many these are.
         decay_rank: waist of the network of g; if not given, 2.5 M^0.5 in multiples of 32, at least 32, as published.
         rate_rank: that of a; likewise.
         value_rank: that of the value residual; 1.7 M^0.5 likewise.
@@ -187,7 +190,7 @@ class Rwkv7(RecurrentLayer):
         head_dim = features // num_heads if head_dim is None else head_dim
         self.head_dim, self.dtype, self.chunk_size = head_dim, dtype, chunk_size
         self.epsilon = head_dim * epsilon
-        self.hands_on = layer == 0 and num_layers > 1
+        self.hands_on = ("v_first",) if layer == 0 and num_layers > 1 else ()
         self.beside = ("v_first",) if layer else ()
         wide, start = num_heads * head_dim, _Start(features, num_heads, head_dim, layer, num_layers)
         shared: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
