@@ -52,6 +52,8 @@ class Products(NamedTuple):
     """In the precision of the inputs."""
     exact: Any
     """Of float32."""
+    narrow: Any
+    """Of bfloat16, summed in float32."""
 
 
 BEFORE, THROUGH, AFTER, SAME = operator.gt, operator.ge, operator.lt, operator.eq
@@ -103,7 +105,7 @@ def _summed(products: Products, chosen: Any, g: Any, transposed: bool = False, s
     chosen = chosen.astype(jnp.bfloat16)
     for _ in range(3):
         piece = g.astype(jnp.bfloat16)
-        start = start + products.coarse(chosen, piece, trans_a=transposed)
+        start = start + products.narrow(chosen, piece, trans_a=transposed)
         g = g - piece.astype(jnp.float32)
     return start
 

@@ -55,7 +55,8 @@ class Setup(NamedTuple):
     def products(self) -> Products:
         """Of the backend."""
         exact = functools.partial(self.dot, jax.lax.Precision.HIGHEST)
-        return Products(functools.partial(_narrow, self.dot) if self.narrow else exact, exact)
+        narrow = functools.partial(_narrow, self.dot)
+        return Products(narrow if self.narrow else exact, exact, narrow)
 
 
 def _narrow(dot: Any, x: Any, y: Any, **options: Any) -> Any:

@@ -82,6 +82,16 @@ def test_bfloat16_stays_within_policy(implementation):
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
+def test_float32_keeps_its_digits_next_to_strong_gates(implementation):
+    given = inputs("channel", rank1=True, length=20)
+    given["log_decay"][0, 3], given["log_decay"][1, 9] = -1e4, -50
+    expected, _ = truth(**given)
+    given = {name: jnp.asarray(x, jnp.float32) for name, x in given.items()}
+    found = linear_recurrence(**given, implementation=implementation, chunk_size=8)
+    assert np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)) < 2e-6
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
 def test_segments_reach_the_kernel(implementation):
     given = inputs("token", rank1=True, length=11)
     given["segment_ids"] = IDS
