@@ -14,7 +14,7 @@ LONG = "memory"
 # These run one program, compiled in two precisions; each of the other checks compiles programs of its own.
 CHEAP = ("gradients", "derivative", "determinism", "empty_rows", "poison", "causality")
 # Large mechanisms that face every check in the fast suite all the same, for all others of their form.
-REPRESENTATIVES = ("linear_recurrence", "linear_attention", "kv_bias", "SimpleRMSNorm")
+REPRESENTATIVES = ("linear_recurrence", "linear_attention", "kv_bias", "efficient_probing", "SimpleRMSNorm")
 
 
 def is_slow(entry):
