@@ -23,11 +23,14 @@ MODEL = make()
 PROMPT = jax.random.randint(jax.random.key(1), (3, 5), 1, 13)
 
 
+logits_of = nnx.jit(lambda model, tokens: model(tokens).logits)
+
+
 def greedy_by_hand(model, row, count):
     row = list(np.asarray(row))
     new = []
     for _ in range(count):
-        new.append(int(jnp.argmax(model(jnp.array([row + new])).logits[0, -1])))
+        new.append(int(jnp.argmax(logits_of(model, jnp.array([row + new]))[0, -1])))
     return new
 
 

@@ -59,24 +59,31 @@ def test_windows_that_hold_everything_change_nothing():
 
 def test_decoding_rows_can_be_reordered():
     model = decoder()
-    out = model(TOKENS[:, :5], cache=model.init_cache(FullCache(9), 2))
-    swapped = model(TOKENS[::-1, 5:], cache=reorder(out.cache, np.array([1, 0]))).logits
-    np.testing.assert_allclose(swapped[::-1], model(TOKENS).logits[:, 5:], atol=2e-5)
+
+    @jax.jit
+    def swapped(tokens):
+        out = model(tokens[:, :5], cache=model.init_cache(FullCache(9), 2))
+        return model(tokens[::-1, 5:], cache=reorder(out.cache, np.array([1, 0]))).logits
+
+    parallel = jax.jit(lambda tokens: model(tokens).logits)(TOKENS)
+    np.testing.assert_allclose(swapped(TOKENS)[::-1], parallel[:, 5:], atol=2e-5)
 
 
 def test_no_token_sees_the_future():
     model = decoder()
     other = TOKENS.at[:, 6:].set((TOKENS[:, 6:] + 1) % 13)
-    np.testing.assert_array_equal(model(TOKENS).logits[:, :6], model(other).logits[:, :6])
+    run = jax.jit(lambda tokens: model(tokens).logits)
+    np.testing.assert_array_equal(run(TOKENS)[:, :6], run(other)[:, :6])
 
 
 def test_packed_documents_equal_separate_ones():
     model = decoder()
     ids = jnp.array([[0] * 4 + [1] * 5] * 2)
     positions = jnp.array([[*range(4), *range(5)]] * 2)
-    packed = model(TOKENS, segment_ids=ids, positions=positions).logits
-    np.testing.assert_allclose(packed[:, :4], model(TOKENS[:, :4]).logits, atol=2e-5)
-    np.testing.assert_allclose(packed[:, 4:], model(TOKENS[:, 4:]).logits, atol=2e-5)
+    run = jax.jit(lambda tokens, **given: model(tokens, **given).logits)
+    packed = run(TOKENS, segment_ids=ids, positions=positions)
+    np.testing.assert_allclose(packed[:, :4], run(TOKENS[:, :4]), atol=2e-5)
+    np.testing.assert_allclose(packed[:, 4:], run(TOKENS[:, 4:]), atol=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +97,7 @@ def test_packed_documents_equal_separate_ones():
 )
 def test_options(changes):
     model = decoder(**changes)
-    logits, gradient = nnx.value_and_grad(lambda m: jnp.mean(m(TOKENS).logits ** 2))(model)
+    logits, gradient = nnx.jit(nnx.value_and_grad(lambda m: jnp.mean(m(TOKENS).logits ** 2)))(model)
     assert np.isfinite(logits)
     assert all(np.isfinite(leaf).all() and np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient))
 
@@ -290,7 +297,7 @@ def test_vit(options):
     out = model(IMAGES, record=("resid",))
     assert out.logits.shape == (3, 5)
     assert out.aux["sites"]["resid"].shape == (2, 3, 4 + (options.get("pooling") == "class"), 16)
-    gradient = nnx.grad(lambda m: jnp.mean(m(IMAGES).logits ** 2))(model)
+    gradient = nnx.jit(nnx.grad(lambda m: jnp.mean(m(IMAGES).logits ** 2)))(model)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 

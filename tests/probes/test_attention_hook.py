@@ -10,6 +10,7 @@ import pytest
 import jattn
 from jattn.probes import OBSERVABLE, AttnHook, Reweight, attention, per_query_head, renormalize
 from jattn.probes.call import make_call
+from jattn.testing.compiling import quick_jit
 
 
 def plain(query, key, value, *, mask=None, is_causal=False):
@@ -74,10 +75,16 @@ def test_hooks_that_differ_in_arrays_share_a_program(arrays):
             observe=["entropy"],
         )
 
-    run = jax.jit(lambda hook: attention(**arrays, hook=hook))
-    assert str(jax.make_jaxpr(run)(hook(0))) == str(jax.make_jaxpr(run)(hook(1)))
+    traces = []
+
+    @jax.jit
+    def run(hook):
+        traces.append(hook)
+        return attention(**arrays, hook=hook)
+
     first, second = run(hook(0))[0], run(hook(1))[0]
-    assert run._cache_size() == 1
+    assert len(traces) == 1
+    assert str(jax.make_jaxpr(run)(hook(0))) == str(jax.make_jaxpr(run)(hook(1)))
     assert not np.allclose(first, second)
 
 
@@ -170,8 +177,8 @@ def test_observations_are_those_of_the_dense_weights(arrays, mask, dense, mixed,
 
 def test_other_functions_are_observed_through_one_hot_values(arrays, mask):
     hook = AttnHook(observe={"entropy", "col_mass", "row_weights"}, rows=np.array([1, 4]), heads=(2,))
-    expected = attention(**arrays, mask=mask, hook=hook)[1]
-    found = attention(**arrays, mask=mask, hook=hook, attention_fn=plain)[1]
+    expected = quick_jit(lambda a: attention(**a, mask=mask, hook=hook)[1])(arrays)
+    found = quick_jit(lambda a: attention(**a, mask=mask, hook=hook, attention_fn=plain)[1])(arrays)
     assert sorted(found) == sorted(hook.observe)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), found, expected)
 
@@ -180,7 +187,7 @@ def test_a_mechanism_that_prepares_an_engine_call_is_the_engine(square):
     """softmax_attention with ALiBi, also bound in a partial: its entropy needs no one-hot values, its lse is there."""
     function = functools.partial(jattn.get("softmax_attention"), position="alibi")
     hook = AttnHook(bias=np.linspace(0, 1, 5), observe={"entropy", "lse", "row_weights"}, rows=np.array([-1]))
-    found, aux = attention(**square, is_causal=True, attention_fn=function, hook=hook)
+    found, aux = quick_jit(lambda a: attention(**a, is_causal=True, attention_fn=function, hook=hook))(square)
     np.testing.assert_allclose(found, function(**square, bias=hook.bias, is_causal=True), rtol=1e-6)
     np.testing.assert_allclose(aux["row_weights"].sum(-1), 1, rtol=1e-6)
     np.testing.assert_allclose(entropy_of(aux["row_weights"])[:, 0], aux["entropy"][:, -1], rtol=1e-5)
@@ -204,8 +211,8 @@ def test_weights_of_some_rows_and_heads_alone(arrays, mask, dense, mixed, equal,
     output = equal(hooked, lambda a: mixed(dense(a["query"], a["key"], mask), a["value"]) * (1 - named / 2), arrays)
     with jax.enable_x64(True):
         untouched = np.asarray(jax.jit(functools.partial(function, mask=mask))(**jax.tree.map(jnp.asarray, arrays)))
-        eager = np.asarray(hooked(jax.tree.map(jnp.asarray, arrays)))
-    assert (eager[named[..., 0] == 0] == untouched[named[..., 0] == 0]).all()
+        edited = np.asarray(jax.jit(hooked)(jax.tree.map(jnp.asarray, arrays)))
+    assert (edited[named[..., 0] == 0] == untouched[named[..., 0] == 0]).all()
     assert output.shape == untouched.shape
 
 
@@ -248,16 +255,10 @@ def test_the_last_row_is_the_query_at_decode(square):
         heads=(0, 2),
         observe=frozenset(OBSERVABLE) - {"col_mass"},
     )
-    prefill, seen = attention(**square, is_causal=True, hook=hook)
-    step, here = attention(
-        square["query"][:, -1:],
-        square["key"],
-        square["value"],
-        is_causal=True,
-        query_positions=np.array([[4]]),
-        key_positions=np.arange(5)[None],
-        hook=hook,
-    )
+    prefill, seen = quick_jit(lambda a: attention(**a, is_causal=True, hook=hook))(square)
+    places = {"query_positions": np.array([[4]]), "key_positions": np.arange(5)[None]}
+    last = {**square, "query": square["query"][:, -1:]}
+    step, here = quick_jit(lambda a: attention(**a, **places, is_causal=True, hook=hook))(last)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
     close(prefill[:, -1:], step)
     for name, axis in (("lse", 1), ("entropy", 1), ("group_mass", 2)):
@@ -290,11 +291,11 @@ def test_rows_of_everything_the_engine_takes(square, normalizer):
     }
     one_hot = np.broadcast_to(np.eye(5)[:, None], (2, 5, 4, 5))
     with jax.enable_x64(True):
-        weights = jattn.dot_product_attention(square["query"], square["key"], one_hot, **arguments)
+        weights = quick_jit(lambda a: jattn.dot_product_attention(**a, **arguments))({**square, "value": one_hot})
         weights = np.swapaxes(weights, 1, 2)
         expected = entropy_of(weights)
         hook = AttnHook(observe={"row_weights", "entropy"}, rows=np.array([[4, 1], [0, 3]]), heads=(2, 3))
-        _, aux = attention(**square, **arguments, hook=hook)
+        _, aux = quick_jit(lambda a: attention(**a, **arguments, hook=hook))(square)
     for b, rows in enumerate(([4, 1], [0, 3])):
         np.testing.assert_allclose(aux["row_weights"][b], weights[b, 2:][:, rows], rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(aux["entropy"], expected, rtol=1e-9, atol=1e-12)
@@ -307,12 +308,13 @@ def _add_bias(logit, b, h, i, j, table):
 def test_dropout_comes_after_the_edit_and_not_into_statistics(arrays):
     """Edited weights lose the pairs that the engine drops; what is observed loses none."""
     drop = {"dropout_rate": 0.5, "dropout_key": jax.random.key(1)}
-    expected = jattn.dot_product_attention(**arrays, **drop)
-    halved = attention(**arrays, **drop, hook=AttnHook(weights=halve, rows=np.array([0, 3])))[0]
+    edit = AttnHook(weights=halve, rows=np.array([0, 3]))
+    expected = jax.jit(lambda a: jattn.dot_product_attention(**a, **drop))(arrays)
+    halved = jax.jit(lambda a: attention(**a, **drop, hook=edit)[0])(arrays)
     np.testing.assert_allclose(halved[:, [0, 3]], expected[:, [0, 3]] / 2, rtol=1e-5, atol=1e-6)
     assert (halved[:, 1] == expected[:, 1]).all()
     hook = AttnHook(observe={"row_weights", "col_mass", "entropy", "lse"})
-    dry, wet = attention(**arrays, hook=hook)[1], attention(**arrays, **drop, hook=hook)[1]
+    dry, wet = (quick_jit(lambda a, more=more: attention(**a, **more, hook=hook)[1])(arrays) for more in ({}, drop))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), dry, wet)
 
 
@@ -330,7 +332,7 @@ def test_statistics_are_float32_and_outputs_keep_their_dtype(arrays):
     """In bfloat16 the column sums of long rows would be off by percents."""
     narrow = {name: jnp.asarray(x, jnp.bfloat16) for name, x in arrays.items()}
     hook = AttnHook(observe=OBSERVABLE, reweight=Reweight(log_factor=np.zeros(7)), weights=halve, rows=np.array([0]))
-    output, aux = attention(**narrow, hook=hook)
+    output, aux = quick_jit(lambda a: attention(**a, hook=hook))(narrow)
     assert output.dtype == jnp.bfloat16
     assert {x.dtype for x in aux.values()} == {jnp.dtype("float32")}
     np.testing.assert_allclose(aux["col_mass"].sum((1, 2)), 5 * 4, rtol=1e-6)
@@ -346,10 +348,11 @@ def test_vmap_over_hooks(arrays):
         return attention(**arrays, hook=hook)
 
     batched = jax.jit(jax.vmap(run))(bias)
-    single = [run(one) for one in bias]
+    alone = quick_jit(run)
+    single = [alone(one) for one in bias]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *single)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), batched, stacked)
-    slope = jax.vmap(jax.grad(lambda bias: run(bias)[1]["entropy"].sum()))(bias)
+    slope = quick_jit(jax.vmap(jax.grad(lambda bias: run(bias)[1]["entropy"].sum())))(bias)
     assert slope.shape == bias.shape and np.isfinite(slope).all() and slope.any()
 
 

@@ -11,6 +11,7 @@ from jattn.mechanisms.linear.linear_attention import linear_attention
 from jattn.mechanisms.linear.normalized_attention import normalized_attention
 from jattn.mechanisms.linear.qlstm import qlstm, qlstm_log_decay
 from jattn.probes import Dsf, dsf_matrix, dsf_scan, dsf_summary, taylor_features, to_dsf
+from jattn.testing.compiling import quick_jit
 
 B, T, N, D, V = 2, 9, 2, 3, 4
 IDS = np.array([[-1, 4, 4, -1, 4, 2, 2, 4, -1], [1, 1, 1, 1, 1, -1, 1, 7, 7]])
@@ -35,20 +36,27 @@ def corrections(key):
     return {"a": -unit, "b": beta * unit}
 
 
+def run(function, *arrays, **given):
+    """Compiled as a whole, which is sooner done than an operation at a time."""
+    arrays_given = {name: x for name, x in given.items() if isinstance(x, np.ndarray)}
+    rest = {name: x for name, x in given.items() if name not in arrays_given}
+    return quick_jit(lambda arrays, more: function(*arrays, **more, **rest))(arrays, arrays_given)
+
+
 def close(actual, expected, **tolerance):
     np.testing.assert_allclose(actual, expected, **{"rtol": 1e-8, "atol": 1e-10, **tolerance})
 
 
 def mixed(system, value):
     """Phi @ u, after checking that Phi is lower triangular and that the scan agrees."""
-    matrix = np.asarray(jax.jit(dsf_matrix)(system))
+    matrix = np.asarray(quick_jit(dsf_matrix)(system))
     np.testing.assert_array_equal(matrix, np.tril(matrix))
     value = np.where(np.asarray(system.real)[..., None, None], value, 0)
     heads = max(matrix.shape[1], value.shape[2])
     out = np.einsum(
         "bnts,bsnv->btnv", matrix.repeat(heads // matrix.shape[1], 1), value.repeat(heads // value.shape[2], 2)
     )
-    close(jax.jit(dsf_scan)(system, value), out)
+    close(quick_jit(dsf_scan)(system, value), out)
     return out
 
 
@@ -79,7 +87,7 @@ def test_it_is_gated_linear_attention(kind, is_packed):
     with jax.enable_x64(True):
         system = to_dsf(query, key, log_decay=g, segment_ids=ids)
         assert system.is_diagonal
-        close(mixed(system, value), gated_linear_attention(query, key, value, g, segment_ids=ids, chunk_size=4))
+        close(mixed(system, value), run(gated_linear_attention, query, key, value, g, segment_ids=ids, chunk_size=4))
 
 
 @pytest.mark.parametrize("kind", [None, "token", "channel"])
@@ -90,7 +98,8 @@ def test_it_is_the_engine_with_corrections(kind, is_packed):
     given["segment_ids"] = IDS if is_packed else None
     with jax.enable_x64(True):
         close(
-            mixed(to_dsf(query, key, **given), value), jattn.linear_recurrence(query, key, value, **given, chunk_size=4)
+            mixed(to_dsf(query, key, **given), value),
+            run(jattn.linear_recurrence, query, key, value, **given, chunk_size=4),
         )
 
 
@@ -102,9 +111,9 @@ def test_it_is_the_engine_that_reads_before(bonus):
     state = np.random.default_rng(4).normal(size=(B, N, D, V))
     with jax.enable_x64(True):
         system = to_dsf(query, key, **given)
-        close(mixed(system, value), jattn.linear_recurrence(query, key, value, **given))
-        expected = jattn.linear_recurrence(query, key, value, **given, initial_state=state)
-        close(dsf_scan(system, value, initial_state=state), expected)
+        close(mixed(system, value), run(jattn.linear_recurrence, query, key, value, **given))
+        expected = run(jattn.linear_recurrence, query, key, value, **given, initial_state=state)
+        close(run(dsf_scan, system, value, initial_state=state), expected)
 
 
 def test_groups_of_heads_and_an_initial_state():
@@ -114,19 +123,19 @@ def test_groups_of_heads_and_an_initial_state():
     with jax.enable_x64(True):
         given = {"log_decay": gates("head"), "scale": 1.0, "segment_ids": IDS}
         system = to_dsf(query, few, **given)
-        close(mixed(system, many), jattn.linear_recurrence(query, few, many, **given))
-        expected = jattn.linear_recurrence(query, few, many, **given, initial_state=state)
-        close(dsf_scan(system, many, initial_state=state), expected)
+        close(mixed(system, many), run(jattn.linear_recurrence, query, few, many, **given))
+        expected = run(jattn.linear_recurrence, query, few, many, **given, initial_state=state)
+        close(run(dsf_scan, system, many, initial_state=state), expected)
 
 
 def test_nothing_comes_out_of_padding():
     query, key, value = inputs()
     given = {"log_decay": gates("channel"), **corrections(key)}
     with jax.enable_x64(True):
-        clean = dsf_scan(to_dsf(query, key, **given, segment_ids=IDS), value)
+        clean = run(dsf_scan, to_dsf(query, key, **given, segment_ids=IDS), value)
         dirty = [np.where((IDS >= 0)[..., None, None], x, np.nan) for x in (query, key, *given.values(), value)]
         poisoned = to_dsf(*dirty[:2], **dict(zip(given, dirty[2:5], strict=True)), segment_ids=IDS)
-        np.testing.assert_array_equal(dsf_scan(poisoned, dirty[5]), clean)
+        np.testing.assert_array_equal(run(dsf_scan, poisoned, dirty[5]), clean)
         assert not np.asarray(clean)[IDS < 0].any()
 
 
@@ -139,13 +148,15 @@ def test_it_is_normalized_linear_attention(is_packed):
     query, key, value = inputs()
     phi, psi, ids = elu1(query), elu1(key), IDS if is_packed else np.zeros((B, T), int)
     with jax.enable_x64(True):
-        sums = np.asarray(jattn.linear_recurrence(phi, psi, np.ones((B, T, N, 1)), scale=1.0, segment_ids=ids))[..., 0]
+        sums = np.asarray(run(jattn.linear_recurrence, phi, psi, np.ones((B, T, N, 1)), scale=1.0, segment_ids=ids))[
+            ..., 0
+        ]
         eta = np.where((ids >= 0)[..., None], sums, np.nan)
         system = to_dsf(phi, psi, scale=1.0, normalizer=eta, segment_ids=ids)
-        close(mixed(system, value), linear_attention(query, key, value, is_causal=True, eps=0.0, segment_ids=ids))
-        rows = np.asarray(dsf_matrix(system)).sum(-1)
+        close(mixed(system, value), run(linear_attention, query, key, value, is_causal=True, eps=0.0, segment_ids=ids))
+        rows = np.asarray(run(dsf_matrix, system)).sum(-1)
         close(rows, np.broadcast_to((ids >= 0)[:, None], rows.shape))
-        assert np.abs(dsf_summary(system).normalizer_spread).max() < 1e-9
+        assert np.abs(run(dsf_summary, system).normalizer_spread).max() < 1e-9
 
 
 def test_it_is_normalized_attention():
@@ -153,7 +164,7 @@ def test_it_is_normalized_attention():
     n = np.random.default_rng(2).normal(size=(B, T, N))
     with jax.enable_x64(True):
         system = to_dsf(query, key, scale=1.0, normalizer=np.exp(n))
-        close(mixed(system, value), normalized_attention(query, key, value, n))
+        close(mixed(system, value), run(normalized_attention, query, key, value, n))
 
 
 def test_it_is_qlstm():
@@ -163,7 +174,7 @@ def test_it_is_qlstm():
             read, write = (np.asarray(jax.nn.sigmoid(a))[..., None] for a in (o, i))
             g = np.asarray(qlstm_log_decay(f, alpha))[..., None]
             system = to_dsf(read, write, log_decay=g, scale=1.0)
-            close(mixed(system, x[..., None])[..., 0], qlstm(x, f, i, o, alpha=alpha))
+            close(mixed(system, x[..., None])[..., 0], run(qlstm, x, f, i, o, alpha=alpha))
 
 
 def test_ssd_is_linear_attention_with_a_normalizer():
@@ -177,10 +188,10 @@ def test_ssd_is_linear_attention_with_a_normalizer():
             direct = to_dsf(query, delta[..., None] * key, log_decay=-delta * a, scale=1.0)
             psi = (delta * np.exp(a * s))[..., None] * key
             other = to_dsf(query, psi, scale=1.0, normalizer=np.exp(a * s))
-            close(dsf_matrix(other), dsf_matrix(direct))
+            close(run(dsf_matrix, other), run(dsf_matrix, direct))
         close(np.exp(0.0 * s), np.ones_like(s))
         with_skip = to_dsf(query, key, log_decay=-delta, scale=1.0, skip=skip)
-        expected = jattn.linear_recurrence(query, key, delta[..., None] * value, log_decay=-delta, scale=1.0)
+        expected = run(jattn.linear_recurrence, query, key, delta[..., None] * value, log_decay=-delta, scale=1.0)
         plain = to_dsf(query, key, log_decay=-delta, scale=1.0)
         close(mixed(plain, delta[..., None] * value), expected)
         close(mixed(with_skip, value) - mixed(plain, value), skip[:, None] * value)
@@ -214,13 +225,15 @@ def test_every_front_end_is_such_a_system():
                 {"key": step[..., None] * key, "log_decay": step * slopes, "scale": 1.0, "skip": skip},
             ),
         ):
-            close(mixed(to_dsf(query, **arguments), value), jattn.get(name)(*given))
+            close(mixed(to_dsf(query, **arguments), value), run(jattn.get(name), *given))
         few = {"log_decay": gates("head")[:1], **{k: x[:, :, :1] for k, x in corrections(key).items()}}
-        close(mixed(to_dsf(query, key, **few), value), jattn.linear_recurrence(query, key, value, **few))
+        close(mixed(to_dsf(query, key, **few), value), run(jattn.linear_recurrence, query, key, value, **few))
         for place in ({"key": key[:, :, :1].repeat(3, 2)}, {"key": key}):
             wide = np.concatenate([query] * 3, 2)
             system = to_dsf(wide, **place, log_decay=gates("head"))
-            close(mixed(system, value), jattn.linear_recurrence(wide, value=value, **place, log_decay=gates("head")))
+            close(
+                mixed(system, value), run(jattn.linear_recurrence, wide, value=value, **place, log_decay=gates("head"))
+            )
 
 
 def test_softmax_is_the_limit_of_taylor_features():
@@ -235,7 +248,7 @@ def test_softmax_is_the_limit_of_taylor_features():
             assert phi.shape[-1] == math.comb(D + degree, degree)
             eta = np.tril(np.einsum("btnf,bsnf->bnts", phi, psi)).sum(-1).swapaxes(1, 2)
             system = to_dsf(phi, psi, scale=1.0, normalizer=eta)
-            errors.append(np.abs(jax.jit(dsf_scan)(system, value) - expected).max())
+            errors.append(np.abs(run(dsf_scan, system, value) - expected).max())
         assert errors[0] > 10 * errors[1] > 100 * errors[2] and errors[2] < 1e-4
         x, y = scaled[0][0, 0, 0], scaled[1][0, 0, 0]
         close(taylor_features(x, 3) @ taylor_features(y, 3), sum((x @ y) ** p / math.factorial(p) for p in range(4)))
@@ -245,18 +258,18 @@ def test_softmax_is_the_limit_of_taylor_features():
 def test_summaries():
     one = np.ones((1, 4, 1, 1))
     with jax.enable_x64(True):
-        found = dsf_summary(to_dsf(one, one, scale=1.0))
+        found = run(dsf_summary, to_dsf(one, one, scale=1.0))
         close([x[0, 0] for x in found], [1, 1, (0 + 0.5 + 1 + 1.5) / 4, np.log(4)])
-        forgets = dsf_summary(to_dsf(one, one, log_decay=-1e4 * one, scale=2.0))
+        forgets = run(dsf_summary, to_dsf(one, one, log_decay=-1e4 * one, scale=2.0))
         close([x[0, 0] for x in forgets], [0, 0, 0, 0])
         # A reflection has eigenvalues -1 and 1; the first token meets no state.
         unit = np.zeros((1, 4, 1, 2))
         unit[..., 0] = 1
         factor = np.array([9.0, 2, 1.5, 0.5]).reshape(1, 4, 1, 1)
-        delta = dsf_summary(to_dsf(unit, unit, a=-unit, b=factor * unit))
+        delta = run(dsf_summary, to_dsf(unit, unit, a=-unit, b=factor * unit))
         close([x[0, 0] for x in delta[:2]], [0.5, 1])
         # Documents of one token carry nothing.
-        alone = dsf_summary(to_dsf(one, one, segment_ids=np.array([[0, 1, 2, -1]])))
+        alone = run(dsf_summary, to_dsf(one, one, segment_ids=np.array([[0, 1, 2, -1]])))
         assert [float(x[0, 0]) for x in alone] == [np.inf, 0, 0, 0]
 
 

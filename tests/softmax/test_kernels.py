@@ -1,6 +1,7 @@
 """The kernels behind the engine, in the interpreter of Pallas: every feature against the float64 truth."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jattn.softmax.block_masks import from_block_mask
 from jattn.softmax.compilers import from_mask_mod
 from jattn.testing.compiling import quick_jit
 from jattn.testing.tolerance import assert_within_policy
+from tests.grids import mostly_slow
 
 B, N, K, D, DV = 2, 4, 2, 24, 20
 
@@ -32,6 +34,21 @@ class Kernel:
 
 KERNELS = {x.name: x for x in (Kernel("triton", 16, 37, 29), Kernel("tpu", 128, 265, 150))}
 each_kernel = pytest.mark.parametrize("kernel", KERNELS.values(), ids=list(KERNELS))
+
+
+def on_kernels(argument, cases, **fast):
+    """Every case on every kernel; slow are those that `fast` does not name for it, since interpreters are slow."""
+    marks = {name: dict(zip(cases, mostly_slow(cases, fast[name]), strict=True)) for name in KERNELS}
+    grid = [
+        pytest.param(case, kernel, id=f"{label(case)}-{name}", marks=getattr(marks[name][case], "marks", ()))
+        for case in cases
+        for name, kernel in KERNELS.items()
+    ]
+    return pytest.mark.parametrize((argument, "kernel"), grid)
+
+
+def label(case):
+    return "-".join(getattr(part, "__name__", str(part)) for part in (case if isinstance(case, tuple) else (case,)))
 
 
 def add_slope(logit, b, h, i, j, slope):
@@ -150,14 +167,17 @@ def compare(kernel, arguments, plain="reference"):
         np.testing.assert_allclose(got, wanted, rtol=1e-9, atol=1e-9)
 
 
-@each_kernel
-@pytest.mark.parametrize("name", CASES)
+@on_kernels(
+    "name",
+    CASES,
+    triton=("window", "segments", "cap and sinks", "offset table", "sigmoid"),
+    tpu=("positions", "array mask", "key padding", "cap and sinks", "every operand", "relu / n"),
+)
 def test_values_and_all_gradients(name, kernel):
     compare(kernel, CASES[name](kernel))
 
 
-@each_kernel
-@pytest.mark.parametrize("axes", ["", "BS", "NT", "NTS", "BNTS", "TS", "N"])
+@on_kernels("axes", ("", "BS", "NT", "NTS", "BNTS", "TS", "N"), triton=("NT",), tpu=("BS",))
 def test_bias_of_every_shape(axes, kernel):
     sizes = {"B": B, "N": N, "T": kernel.length, "S": kernel.source}
     shape = tuple(sizes[axis] if axis in axes else 1 for axis in sizes)
@@ -179,8 +199,7 @@ LAYOUTS = {
 }
 
 
-@each_kernel
-@pytest.mark.parametrize("name", LAYOUTS)
+@on_kernels("name", LAYOUTS, triton=("whole and cut",), tpu=("blocks",))
 def test_block_layouts(name, kernel):
     layout = LAYOUTS[name](kernel)
     compare(kernel, {"layout": layout}, "blockwise")
@@ -188,10 +207,14 @@ def test_block_layouts(name, kernel):
     compare(kernel, {"layout": layout, "is_causal": True, "segment_ids": segments(kernel), "bias": bias}, "blockwise")
 
 
-@each_kernel
-@pytest.mark.parametrize("name", ["causal", "segments", "cap and sinks", "sigmoid"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_tolerance_policy(name, dtype, kernel):
+@on_kernels(
+    "case",
+    tuple(itertools.product((jnp.float32, jnp.bfloat16), ("causal", "segments", "cap and sinks", "sigmoid"))),
+    triton=((jnp.float32, "sigmoid"), (jnp.bfloat16, "causal")),
+    tpu=((jnp.float32, "causal"), (jnp.bfloat16, "cap and sinks")),
+)
+def test_tolerance_policy(case, kernel):
+    dtype, name = case
     arrays, arguments = inputs(kernel, dtype), CASES[name](kernel)
     run, floats = everything(kernel.name, arguments)
     found, plain = run(arrays, floats), everything("reference", arguments)[0](arrays, floats)
@@ -205,8 +228,7 @@ def test_tolerance_policy(name, dtype, kernel):
         assert_within_policy(candidate, exact, ordinary)
 
 
-@each_kernel
-@pytest.mark.parametrize("lengths", [(1, 1), (15, 17), (16, 16), (17, 31)])
+@on_kernels("lengths", ((1, 1), (15, 17), (16, 16), (17, 31)), triton=((1, 1), (17, 31)), tpu=((1, 1), (17, 31)))
 def test_any_length(lengths, kernel):
     query, key, value = (draw(1, n, 3, 8, seed=n) for n in (lengths[0], lengths[1], lengths[1]))
     out = jattn.dot_product_attention(query, key, value, is_causal=True, implementation=kernel.name, **kernel.blocks)

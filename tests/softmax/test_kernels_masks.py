@@ -9,7 +9,20 @@ import pytest
 
 import jattn
 from jattn.softmax.compilers import from_block_mask, from_mask_mod, from_token_selection, tile_bits
-from tests.softmax.test_kernels import KERNELS, B, K, N, compare, draw, each_kernel, inputs, positions, segments
+from tests.grids import mostly_slow
+from tests.softmax.test_kernels import (
+    KERNELS,
+    B,
+    K,
+    N,
+    compare,
+    draw,
+    each_kernel,
+    inputs,
+    on_kernels,
+    positions,
+    segments,
+)
 
 TRITON = KERNELS["triton"]
 T, S = TRITON.length, TRITON.source
@@ -78,14 +91,12 @@ LAYOUTS = {
 }
 
 
-@each_kernel
-@pytest.mark.parametrize("name", MASKS)
+@on_kernels("name", MASKS, triton=("prefix", "dense", "function"), tpu=("segments", "function"))
 def test_masks_that_hold_arrays(name, kernel):
     compare(kernel, MASKS[name](kernel))
 
 
-@each_kernel
-@pytest.mark.parametrize("name", LAYOUTS)
+@on_kernels("name", LAYOUTS, triton=("selection",), tpu=("bits",))
 def test_layouts_whose_predicate_holds_arrays(name, kernel):
     compare(kernel, {"layout": LAYOUTS[name](kernel)})
 
@@ -176,30 +187,42 @@ OF_MOVED_PAIRS = {
 }
 
 
-@each_kernel
-@pytest.mark.parametrize(
-    ("name", "perms"),
+@on_kernels(
+    "case",
     [(name, perms) for name in OF_PERMUTED for perms in PERMS if perms == "both" or name in ("plain", "operands")],
+    triton=(("plain", "both"), ("operands", "keys of query heads")),
+    tpu=(("plain", "queries"), ("masks", "both")),
 )
-def test_layouts_that_permute_tokens(name, perms, kernel):
+def test_layouts_that_permute_tokens(case, kernel):
+    name, perms = case
     compare(kernel, {"layout": permuted(kernel, *PERMS[perms](kernel)), **OF_PERMUTED[name](kernel)})
 
 
-@each_kernel
-@pytest.mark.parametrize("perms", ["both", "queries"])
-@pytest.mark.parametrize("name", OF_MOVED_PAIRS)
-def test_layouts_that_permute_what_is_read_by_pairs(name, perms, kernel):
+@on_kernels(
+    "case",
+    [(name, perms) for name in OF_MOVED_PAIRS for perms in ("both", "queries")],
+    triton=(("masks", "queries"),),
+    tpu=(("mask by position", "both"),),
+)
+def test_layouts_that_permute_what_is_read_by_pairs(case, kernel):
+    name, perms = case
     compare(kernel, {"layout": permuted(kernel, *PERMS[perms](kernel)), **OF_MOVED_PAIRS[name](kernel)})
 
 
-@pytest.mark.parametrize("perms", PERMS)
+@pytest.mark.parametrize("perms", mostly_slow(PERMS, ["queries"]))
 def test_layouts_that_permute_the_pairs_of_a_bias(perms):
     on_triton({"layout": permuted(TRITON, *PERMS[perms](TRITON)), "bias": draw(1, 1, T, S, seed=5)})
 
 
-def test_predicates_of_permuted_layouts_see_slots_and_positions():
-    for predicate in (LAYOUTS["selection"](TRITON).predicate, jattn.masks.prefix_lm_mask(np.array([5, 20]))):
-        on_triton({"layout": permuted(TRITON, *PERMS["both"](TRITON), predicate)})
+PREDICATES = {
+    "of slots": lambda: LAYOUTS["selection"](TRITON).predicate,
+    "of positions": lambda: jattn.masks.prefix_lm_mask(np.array([5, 20])),
+}
+
+
+@pytest.mark.parametrize("name", mostly_slow(PREDICATES, ["of positions"]))
+def test_predicates_of_permuted_layouts_see_slots_and_positions(name):
+    on_triton({"layout": permuted(TRITON, *PERMS["both"](TRITON), PREDICATES[name]())})
 
 
 def add_both(logit, b, h, i, j, one, other):
@@ -228,13 +251,12 @@ TABLES = {
 }
 
 
-@each_kernel
-@pytest.mark.parametrize("name", TABLES)
+@on_kernels("name", TABLES, triton=("of one entry, and out of reach",), tpu=("clipped",))
 def test_gradients_of_offset_tables(name, kernel):
     compare(kernel, TABLES[name](kernel))
 
 
-@pytest.mark.parametrize("blocks", [(16, 64), (64, 16)], ids=str)
+@pytest.mark.parametrize("blocks", mostly_slow([(16, 64), (64, 16)], [(16, 64)]), ids=str)
 def test_gradients_of_offset_tables_in_oblong_tiles(blocks):
     sizes = {"query_slots": T, "key_slots": S, "query_block": blocks[0], "key_block": blocks[1]}
     tiles = [-(-n // block) for n, block in zip((T, S), blocks, strict=True)]
@@ -242,10 +264,12 @@ def test_gradients_of_offset_tables_in_oblong_tiles(blocks):
     on_triton({"score_mod": tables((11,), (B, N, 70)), "layout": layout})
 
 
-def test_gradients_of_offset_tables_where_offsets_are_irregular():
-    score_mod = tables((11,), (N, 40))
-    on_triton({"score_mod": score_mod, **POSITIONS})
-    on_triton({"score_mod": score_mod, "layout": permuted(TRITON, *PERMS["both"](TRITON))})
+IRREGULAR = {"positions": lambda: POSITIONS, "layout": lambda: {"layout": permuted(TRITON, *PERMS["both"](TRITON))}}
+
+
+@pytest.mark.parametrize("name", mostly_slow(IRREGULAR, ["positions"]))
+def test_gradients_of_offset_tables_where_offsets_are_irregular(name):
+    on_triton({"score_mod": tables((11,), (N, 40)), **IRREGULAR[name]()})
 
 
 def of_the_whole(b, h, i, j, aux):

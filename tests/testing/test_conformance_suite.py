@@ -24,6 +24,7 @@ def verdicts(entry, only=None):
     return {result.check: result for result in check_mechanism(entry, only)}
 
 
+@pytest.mark.slow
 def test_a_sound_mechanism_passes_every_check():
     results = verdicts(toys.entry())
     assert {name: str(r) for name, r in results.items() if r.status != PASSED} == {}
@@ -90,7 +91,9 @@ def test_declared_costs_are_held_to(changes, check, status):
 
 
 def test_an_exemption_is_honored_and_printed():
-    result = verdicts(toys.entry("order", exempt={"permutation": "values carry positions"}))["permutation"]
+    result = verdicts(toys.entry("order", exempt={"permutation": "values carry positions"}), ["permutation"])[
+        "permutation"
+    ]
     assert result.status == EXEMPT
     assert str(result) == "toy permutation: exempt (values carry positions)"
 

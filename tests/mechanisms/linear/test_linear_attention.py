@@ -64,7 +64,7 @@ def test_gradients_are_those_of_the_definition(is_causal):
             return linear_attention(*given, is_causal=is_causal, segment_ids=ids, chunk_size=4)
 
         gradients = (
-            jax.grad(functools.partial(loss, f), (0, 1, 2))(*given)
+            jax.jit(jax.grad(functools.partial(loss, f), (0, 1, 2)))(*given)
             for f in (fast, functools.partial(dense, visible=visible))
         )
         jax.tree.map(close, *gradients)
@@ -123,7 +123,7 @@ def test_segments_are_separate_calls(is_causal):
                     assert not out[row, where].any()
                     continue
                 alone = (x[row : row + 1, where] for x in given)
-                close(out[row, where], linear_attention(*alone, is_causal=is_causal)[0])
+                close(out[row, where], jax.jit(functools.partial(linear_attention, is_causal=is_causal))(*alone)[0])
 
 
 def test_an_id_that_returns_is_a_new_segment():
@@ -214,7 +214,7 @@ def test_invalid_tokens_leave_a_state_alone_and_states_carry_gradients():
         def later(state):
             return linear_attention_step(query, key, value, state, feature_map=Cosine(8))[0].sum()
 
-        assert np.abs(jax.grad(later, allow_int=True)(state).state).min() > 0
+        assert np.abs(jax.jit(jax.grad(later, allow_int=True))(state).state).min() > 0
 
 
 def test_states_are_caches():

@@ -73,7 +73,7 @@ def test_documents_and_padding():
         out, state = run(*given)
         close(out, expected)
         close(state, last)
-        gradients = jax.grad(lambda *given: run(*given)[0].sum(), tuple(range(6)))(*map(jnp.asarray, given))
+        gradients = jax.jit(jax.grad(lambda *given: run(*given)[0].sum(), tuple(range(6))))(*map(jnp.asarray, given))
         assert all(np.isfinite(g).all() for g in gradients)
 
 
@@ -130,7 +130,7 @@ def test_strong_steps_leave_mild_ones_their_digits():
     narrow = tuple(jnp.asarray(x, jnp.float32) for x in (query, key, value, step, rate, skip))
     complaint = within_policy(np.asarray(ssd(*narrow)), exact, np.asarray(ssd(*narrow, mode="recurrent")))
     assert not complaint, complaint
-    gradients = jax.grad(lambda *given: ssd(*given).sum(), tuple(range(6)))(*narrow)
+    gradients = jax.jit(jax.grad(lambda *given: ssd(*given).sum(), tuple(range(6))))(*narrow)
     assert all(np.isfinite(g).all() for g in gradients)
 
 
@@ -205,14 +205,15 @@ def test_the_layer_is_its_definition():
 def test_it_decodes_from_its_state_and_the_tail_of_the_convolution():
     with jax.enable_x64(True):
         layer, x, policy = make(head_dim=P), tokens(), FullCache(T)
-        expected = layer(x).output
+        expected = nnx.jit(lambda layer, x: layer(x).output)(layer, x)
+        step = nnx.jit(lambda layer, x, cache, ids: layer(x, cache=(policy, cache), segment_ids=ids)[:2])
         cache = layer.init_cache(policy, 2, jnp.float64)
         assert (cache.state.shape, cache.conv.shape) == ((2, N, D, P), (2, 3, N * P + 2 * G * D))
         found = []
         for start, stop in ((0, 4), (4, 5), (5, T)):
             part = np.concatenate([np.full((2, 1, M), np.nan), x[:, start:stop]], 1)
             ids = np.array([[-1] + [0] * (stop - start)] * 2)
-            y, cache, _ = layer(part, cache=(policy, cache), segment_ids=ids)
+            y, cache = step(layer, part, cache, ids)
             assert not y[:, 0].any()
             found.append(y[:, 1:])
         close(np.concatenate(found, 1), expected)
@@ -234,6 +235,7 @@ def test_it_stands_in_models_and_turns_with_their_positions():
     assert model(jnp.asarray([[3, 1, 4]])).logits.shape == (1, 3, 7)
     with jax.enable_x64(True):
         turned = make(state_dim=4, position=Rope())
-        out = turned(tokens()).output
-        close(turned(tokens(), positions=np.arange(T) + 70).output, out)
-        assert abs(make(state_dim=4)(tokens()).output - out).max() > 1e-3
+        run = nnx.jit(lambda layer, x, start: layer(x, positions=start + np.arange(T)).output)
+        out = run(turned, tokens(), 0)
+        close(run(turned, tokens(), 70), out)
+        assert abs(run(make(state_dim=4), tokens(), 0) - out).max() > 1e-3

@@ -9,6 +9,7 @@ from flax import nnx
 from jattn.cache import FullCache, nbytes
 from jattn.layers.rope import Rope
 from jattn.mechanisms.memory.titans_mac import TitansMAC
+from tests.grids import mostly_slow
 from tests.mechanisms.memory.titans_truth import attention, gate, mixed, perturb
 
 T, C, P = 11, 4, 3
@@ -69,14 +70,17 @@ def plain(layer, x, zeroed=False):
     return gate(layer, y, 0 * m if zeroed else m)
 
 
+OPTIONS = {
+    "deep": {},
+    "linear and rotary": {"position": Rope(), "memory_options": {"linear": True}},
+    "chunk": {"memory_options": {"update": "chunk"}},
+}
+
+
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"position": Rope(), "memory_options": {"linear": True}}, {"memory_options": {"update": "chunk"}}],
-    ids=["deep", "linear and rotary", "chunk"],
-)
-def test_it_is_the_loop_over_segments(causal, options):
-    layer, x = make(causal=causal, **options), tokens()
+@pytest.mark.parametrize("name", mostly_slow(OPTIONS, ["linear and rotary"]))
+def test_it_is_the_loop_over_segments(causal, name):
+    layer, x = make(causal=causal, **OPTIONS[name]), tokens()
     close(run(layer, x), plain(layer, x))
 
 
@@ -113,7 +117,7 @@ def test_without_the_memory_it_is_attention_in_segments_with_a_prefix():
     np.testing.assert_array_equal(run(layer, changed)[:, C:], out[:, C:])
 
 
-@pytest.mark.parametrize("update", ["token", "chunk"])
+@pytest.mark.parametrize("update", mostly_slow(["token", "chunk"], ["chunk"]))
 def test_documents_are_alone_and_parts_are_the_whole(update):
     layer, x = make(position=Rope(), memory_options={"update": update}), tokens(3)
     out = run(layer, x, IDS)
