@@ -3,6 +3,7 @@
 This file is loaded before any module of jattn, so that the import hook sees them all.
 """
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -68,6 +69,35 @@ jax.config.update("jax_disable_most_optimizations", not OPTIMIZED)
 jax.config.update("jax_compilation_cache_dir", cache_directory())
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+class FewPrograms:
+    """Forgets compiled programs before they are too many for one process.
+
+    Each holds several of the memory maps of which Linux gives a process 65,530 (`vm.max_map_count`); beyond that the
+    compiler ends the process.
+    """
+
+    MAPS = pathlib.Path("/proc/self/maps")
+    LIMIT, EVERY = 30_000, 10
+
+    def __init__(self):
+        self.done = 0
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_teardown(self):
+        self.done += 1
+        if self.done % self.EVERY or not self.MAPS.exists():
+            return
+        with self.MAPS.open("rb") as lines:
+            count = sum(1 for _ in lines)
+        if count > self.LIMIT:
+            jax.clear_caches()
+            gc.collect()
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(FewPrograms())
 
 
 @pytest.fixture(scope="session")
