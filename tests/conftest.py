@@ -19,7 +19,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 OPTIMIZED = os.environ.get("JATTN_TESTS_OPTIMIZED") == "1"
 # An option of the compiler, not of jax: where it is not known it would end the process.
 if not OPTIMIZED and importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    # Small programs are not worth being split for several threads.
+    flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
@@ -97,6 +99,9 @@ class FewPrograms:
 
 
 def pytest_configure(config):
+    # JAX collects garbage of its own with each of Python's collections, which thousands of programs make long.
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
     config.pluginmanager.register(FewPrograms())
 
 
