@@ -94,8 +94,8 @@ def _compiler_params() -> Any:
 
 def inside_params(width: int) -> Any:
     """Of the kernels that make the matrices of chunks, for D channels."""
-    # With fewer warps Blackwell keeps sums of 128 channels in its tensor memory, which is too small for all of them, and
-    # programs in float32 take minutes to compile.
+    # With fewer warps Blackwell keeps sums of 128 channels in its tensor memory, which is too small for all of them,
+    # and programs in float32 take minutes to compile.
     return plgpu.CompilerParams(num_warps=8 if width <= 64 else 16, num_stages=1)
 
 
