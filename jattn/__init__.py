@@ -13,7 +13,13 @@ from jattn.softmax.merge import merge_lse
 from jattn.softmax.normalizers import Normalizer
 from jattn.softmax.paged import paged_attention
 from jattn.softmax.score_mods import Operand, ScoreMod
-from jattn.softmax.segments import renumber_segments
+from jattn.softmax.segments import (
+    cu_seqlens_from_segment_ids,
+    pack_cu_seqlens,
+    renumber_segments,
+    segment_ids_from_cu_seqlens,
+    unpack_cu_seqlens,
+)
 from jattn.softmax.topk import topk_mask
 
 __version__ = "0.1.0"
@@ -24,6 +30,7 @@ __all__ = [
     "Normalizer",
     "Operand",
     "ScoreMod",
+    "cu_seqlens_from_segment_ids",
     "dot_product_attention",
     "explain",
     "gather_attention",
@@ -34,10 +41,13 @@ __all__ = [
     "masks",
     "merge_lse",
     "normalizers",
+    "pack_cu_seqlens",
     "paged_attention",
     "renumber_segments",
     "score_mods",
+    "segment_ids_from_cu_seqlens",
     "topk_mask",
+    "unpack_cu_seqlens",
 ]
 
 
