@@ -24,6 +24,16 @@ QUERY_INPUTS = ("q", "k", "b", "gates", "gate_row", "bonus")
 KEY_INPUTS = ("k", "a", "b", "gates", "gate_row")
 QUERY_OUTPUTS = ("rows", "inside", "also")
 KEY_OUTPUTS = ("keys", "decay", "seen", "carry", "write")
+SINGLE = {
+    "gate_row": (0,),
+    "bonus": (0,),
+    "decay": (0,),
+    "column": (1,),
+    "row": (0,),
+    "carried": (0, 1),
+    "last": (0, 1),
+}
+"""Axes that have one entry whatever the sizes are; that of gates a token, too."""
 
 
 class Setup(NamedTuple):
@@ -85,9 +95,9 @@ def _kernel(setup: Setup, is_query: bool, names: Any, has_runs: bool, backward: 
         ref[...] = x.astype(ref.dtype)
 
 
-def _filled(x: Any, lead: int) -> Any:
-    """The two axes behind the leading ones filled up to powers of two; an axis of one entry stays."""
-    extra = [padded(size) - size if size > 1 else 0 for size in x.shape[lead:]]
+def _filled(x: Any, lead: int, single: tuple[int, ...]) -> Any:
+    """The two axes behind the leading ones filled up to powers of two, but for those that always have one entry."""
+    extra = [0 if axis in single else padded(size) - size for axis, size in enumerate(x.shape[lead:])]
     return jnp.pad(x, [(0, 0)] * lead + [(0, more) for more in extra]) if any(extra) else x
 
 
@@ -107,9 +117,14 @@ def _call(
     inputs += [(runs[name], "bn") for name in Runs._fields if runs]
     grid = (*given["k"].shape[:2], setup.groups if is_query else 1)
     if cotangents is not None:
-        inputs += [(x.astype(setup.dtype), "png") for x in cotangents]
+        inputs += [(x.astype(setup.dtype), "png") for x in cotangents.values()]
     if setup.fills:
-        inputs = [(_filled(x, len(places)), places) for x, places in inputs]
+        single = SINGLE | {"gates": (1,) if "gate_row" in given else ()}
+        filled = [*names, *(Runs._fields if runs else ()), *(cotangents or ())]
+        inputs = [
+            (_filled(x, len(places), single.get(name, ())), places)
+            for name, (x, places) in zip(filled, inputs, strict=True)
+        ]
     shape = {name: x.shape[len(places) :] for name, (x, places) in zip(names, inputs, strict=False)}
     if cotangents is None:
         (size, width), narrow = shape["k"], jnp.bfloat16 if setup.narrow else setup.dtype
@@ -168,10 +183,10 @@ def _backward(setup: Setup, kept: Any, cotangents: Mapping[str, Any]) -> Any:
     given, runs = kept
     found: dict[str, Any] = {}
     for is_query, inputs, outputs in ((True, QUERY_INPUTS, QUERY_OUTPUTS), (False, KEY_INPUTS, KEY_OUTPUTS)):
-        arriving = [cotangents[name] for name in outputs if name in cotangents]
+        arriving = {name: cotangents[name] for name in outputs if name in cotangents}
         names = [name for name in inputs if name in given]
         if not is_query:
-            arriving = [x[:, :, None] for x in arriving]
+            arriving = {name: x[:, :, None] for name, x in arriving.items()}
         for name, x in zip(names, _call(setup, is_query, given, runs, arriving), strict=True):
             if PLACES[name] == "pn":
                 x = x.sum(2)
