@@ -61,9 +61,9 @@ def _backward_kernel(precision: Any, names, count: int, *refs):
 
 
 def _filled(x, *, columns: bool = True):
-    """The last two axes filled up to powers of two; a last axis of one entry stays."""
+    """The last two axes filled up to powers of two, or the rows alone."""
     rows, width = x.shape[-2:]
-    width = padded(width) - width if columns and width > 1 else 0
+    width = padded(width) - width if columns else 0
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, padded(rows) - rows), (0, width)])
 
 
@@ -82,7 +82,7 @@ def _spec(shape, block: int | None):
 
 def _prepare(parts: Parts, v_dim: int, wanted=Parts._fields):
     names = tuple(name for name in wanted if getattr(parts, name) is not None)
-    arrays = [_filled(getattr(parts, name)) for name in names]
+    arrays = [_filled(getattr(parts, name), columns=name != "decay") for name in names]
     block = _columns(parts.rows.shape[-1], v_dim, parts.rows.dtype.itemsize)
     specs = [_spec(x.shape, block if name in OF_COLUMNS else None) for name, x in zip(names, arrays, strict=True)]
     return names, arrays, specs, block, padded(v_dim) // block
