@@ -43,7 +43,7 @@ class Cut(NamedTuple):
         return cls(steps, -(-count // steps), size, length)
 
     def split(self, x: Any) -> Any:
-        """`[B, T, ...]` -> `[steps, B, n, C, ...]`, filled up with zeros; no copy for a single batch row."""
+        """`[B, T, ...]` -> `[steps, B, n, C, ...]`, filled up with zeros."""
         return None if x is None else jnp.moveaxis(self._cut(x, "constant"), 1, 0)
 
     def rows(self, x: Any) -> Any:
@@ -56,10 +56,10 @@ class Cut(NamedTuple):
             x = jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2), mode=mode)
         return x.reshape(x.shape[0], self.steps, self.chunks, self.size, *x.shape[2:])
 
-    def join(self, x: jax.Array) -> jax.Array:
-        """`[steps, B, n, C, ...]` -> `[B, T, ...]`."""
-        x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(x.shape[0], -1, *x.shape[4:])[:, : self.length]
+    def join(self, rows: jax.Array, batch: int, *rest: int) -> jax.Array:
+        """`[steps, B, n, C, *rest]`, without axes of one entry or with them, -> `[B, T, *rest]`."""
+        x = rows.reshape(self.steps, batch, self.chunks * self.size, *rest)
+        return jnp.moveaxis(x, 0, 1).reshape(batch, -1, *rest)[:, : self.length]
 
     def valid(self) -> np.ndarray:
         """Tokens of each chunk that are no filling, `[steps, n]`."""
@@ -86,26 +86,35 @@ def run_chunks(
     gates = None if problem.kind in ("none", "head") else cut.split(problem.log_decay)
     extras = tuple(cut.rows(x) for x in problem.extras)
     given = (arrays, gates, jnp.asarray(cut.valid()), cut.rows(problem.runs), extras)
+    shapes = jax.tree.map(lambda x: x.shape[1:], given)
 
     make_parts, carry_through = (chunk_parts, walk) if kernel is None else (kernel.parts, kernel.walk)
 
-    def step(carry: Any, given: Any) -> Any:
+    def step(carry: Any, rows: Any) -> Any:
         state, run = carry
+        given = jax.tree.map(lambda x, shape: x.reshape(shape), rows, shapes)
         parts, run = make_parts(problem, run, *given)
         out, state, starts = carry_through(state, parts)
         starts = starts.swapaxes(1, 2) if keep_starts else None
         out = problem.scale * out.reshape(*out.shape[:3], -1, cut.size, out.shape[-1])
-        return (state, run), (out.transpose(0, 2, 4, 1, 3, 5), starts)
+        return (state, run), (_squeezed(out.transpose(0, 2, 4, 1, 3, 5)), starts)
 
-    first = jnp.zeros_like(problem.state, shape=(problem.state.shape[0],), dtype=jnp.int32)
+    batch, _, heads, groups, _ = problem.query.shape
+    first = jnp.zeros_like(problem.state, shape=(batch,), dtype=jnp.int32)
     body = jax.checkpoint(step, prevent_cse=cut.steps == 1)
+    rows = jax.tree.map(jax.vmap(_squeezed), given)
     if cut.steps == 1:
-        (state, _), (out, starts) = body((problem.state, first), jax.tree.map(lambda x: x[0], given))
-        return cut.join(out[None]), state, starts
-    (state, _), (out, starts) = jax.lax.scan(body, (problem.state, first), given)
-    if keep_starts:
-        starts = jnp.moveaxis(starts, 0, 1).reshape(problem.state.shape[0], -1, *problem.state.shape[1:])
-    return cut.join(out), state, starts
+        (state, _), (out, starts) = body((problem.state, first), jax.tree.map(lambda x: x[0], rows))
+    else:
+        (state, _), (out, starts) = jax.lax.scan(body, (problem.state, first), rows)
+        if keep_starts:
+            starts = jnp.moveaxis(starts, 0, 1).reshape(batch, -1, *problem.state.shape[1:])
+    return cut.join(out, batch, heads, groups, problem.state.shape[-1]), state, starts
+
+
+def _squeezed(x: jax.Array) -> jax.Array:
+    """Without axes of one entry: XLA would copy what goes into a loop to bring them into order."""
+    return x.reshape([size for size in x.shape if size > 1])
 
 
 def _decay(problem: Problem, gates: Any, size: int, valid: Any) -> Any:

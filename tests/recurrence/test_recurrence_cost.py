@@ -31,7 +31,7 @@ def bytes_of_gradient(length, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["token", "channel", "delta"])
+@pytest.mark.parametrize("kind", ["none", "token", "channel", "delta"])
 def test_matrices_of_chunks_are_computed_again(kind, monkeypatch):
     short, long = (bytes_of_gradient(length, kind).temp_size_in_bytes for length in (1024, 4096))
     assert long < 4.2 * short
@@ -40,6 +40,14 @@ def test_matrices_of_chunks_are_computed_again(kind, monkeypatch):
     kept = bytes_of_gradient(4096, kind).temp_size_in_bytes
     run.clear_cache()
     assert long < 0.4 * kept
+
+
+@pytest.mark.parametrize("kind", ["none", "token"])
+def test_a_forward_pass_copies_no_inputs(kind):
+    given = arguments(4096, kind)
+    program = jax.jit(lambda arrays: jattn.linear_recurrence(**arrays)).lower(given).compile(usual_options())
+    # Copies of query, key and value would be three times the value.
+    assert program.memory_analysis().temp_size_in_bytes < given["value"].size * 4
 
 
 def test_work_grows_with_the_length_and_a_step_does_not_know_it():
