@@ -3,6 +3,7 @@
 This file is loaded before any module of jattn, so that the import hook sees them all.
 """
 
+import functools
 import gc
 import importlib.metadata
 import os
@@ -17,8 +18,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # suite; what is measured, and errors against a plain program, ask for `usual_options()`. JATTN_TESTS_OPTIMIZED=1
 # compiles everything as users do: .ci/run does so for the engine's tests.
 OPTIMIZED = os.environ.get("JATTN_TESTS_OPTIMIZED") == "1"
-# An option of the compiler, not of jax: where it is not known it would end the process.
-if not OPTIMIZED and importlib.metadata.version("jaxlib").startswith("0.10."):
+# Options of the compiler end the process where they are not known, and insides of jax change.
+KNOWN_JAX = importlib.metadata.version("jaxlib").startswith("0.10.")
+if not OPTIMIZED and KNOWN_JAX:
     # Small programs are not worth being split for several threads.
     flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
@@ -73,6 +75,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+if KNOWN_JAX:
+    from jax._src.interpreters import mlir
+
+    # Each program is written down in a context of its own, which takes 8 ms to make, a quarter of what a test costs.
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+
+
 class FewPrograms:
     """Forgets compiled programs before they are too many for one process.
 
@@ -96,6 +105,30 @@ class FewPrograms:
         if count > self.LIMIT:
             jax.clear_caches()
             gc.collect()
+
+
+CASES = 3
+"""How many cases of a grid the fast suite runs."""
+
+
+def spread(cases: list) -> list:
+    """A few of many cases: the first, the last, and what lies evenly between them."""
+    places = {round(i * (len(cases) - 1) / (CASES - 1)) for i in range(CASES)}
+    return [cases[place] for place in sorted(places)]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    # Every case costs a compilation. The slow suite runs what the fast one leaves out; WORKSPACE.md says so.
+    grids = {}
+    for item in items:
+        if hasattr(item, "callspec") and not any(item.get_closest_marker(name) for name in ("slow", "every_case")):
+            grids.setdefault((item.path, item.cls, item.originalname), []).append(item)
+    for cases in grids.values():
+        kept = set(spread(cases))
+        for item in cases:
+            if item not in kept:
+                item.add_marker(pytest.mark.slow)
 
 
 def pytest_configure(config):

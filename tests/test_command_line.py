@@ -74,6 +74,7 @@ def test_a_failed_check_is_the_exit_status(capsys, monkeypatch):
     assert "FAILED full_cache contents: failed (broken on purpose)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_several_processes_check_the_same(capsys):
     assert main(["check", "full_cache", "sinusoidal", "--only", "contents", "gradients", "--jobs", "2"]) == 0
     out = capsys.readouterr().out

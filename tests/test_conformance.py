@@ -42,6 +42,7 @@ def cases():
     ]
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("name", cases())
 def test_conformance(name):
     entry = catalog.find(name)

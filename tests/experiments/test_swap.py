@@ -231,6 +231,7 @@ def test_tuning_leaves_all_else_as_it_is(bench, monkeypatch):
     assert changed == {("stack", "blocks", 0, "attention")}
 
 
+@pytest.mark.slow
 def test_tuning_does_not_read_what_is_judged():
     prose, code = swap_tune.texts()
     lines = {line.strip() for line in articles().splitlines() if len(line.strip()) >= 60}

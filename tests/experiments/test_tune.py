@@ -30,6 +30,7 @@ def test_the_interpreter_never_writes_the_table_that_kernels_read(tmp_path):
         run("--interpret", "--passes=sideways")
 
 
+@pytest.mark.slow
 def test_one_search_from_candidates_to_the_table(tmp_path, capsys):
     table = tmp_path / "tiles.json"
     options = (

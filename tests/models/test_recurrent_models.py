@@ -128,6 +128,7 @@ def test_later_layers_are_handed_the_values_of_the_first():
     np.testing.assert_allclose(logits, whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_first_layer_through_the_values_handed_on():
     model, tokens = rwkv(**RANKS), jnp.asarray(np.random.default_rng(1).integers(0, 17, (2, 5)))
 

@@ -176,7 +176,13 @@ SHARD_MAP = """
 """
 
 
-@pytest.mark.parametrize("body", [AUTO_AND_EXPLICIT, SHARD_MAP], ids=["auto and explicit", "shard_map"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(AUTO_AND_EXPLICIT, marks=pytest.mark.slow, id="auto and explicit"),
+        pytest.param(SHARD_MAP, id="shard_map"),
+    ],
+)
 def test_sharding(body, run_with_devices):
     """No collective that the mathematics does not ask for; shard_map under its default check_vma."""
     print(run_with_devices(8, SHARDED + body))

@@ -85,6 +85,7 @@ def test_it_is_its_network(source, clip):
         close(full(*given, clip=clip), by_segment(network, *given, key_ids=key_ids, clip=clip))
 
 
+@pytest.mark.slow
 def test_segments_and_masked_keys_are_networks_of_their_own():
     with jax.enable_x64(True):
         given = arrays()

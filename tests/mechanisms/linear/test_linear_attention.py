@@ -238,6 +238,7 @@ def test_memory_is_linear_in_the_length_forward_and_backward():
     assert bytes_of(4096) < 4.4 * bytes_of(1024)
 
 
+@pytest.mark.slow
 def test_it_serves_a_layer_and_a_sharded_batch(run_with_devices):
     layer = MultiHeadAttention(8, 2, attention_fn=linear_attention, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(1, T, 8)).astype(np.float32)

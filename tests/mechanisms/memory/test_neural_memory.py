@@ -178,6 +178,7 @@ def test_the_layer_is_its_parts(options):
     close(layer(x).output, np.einsum("bthd,hdm->btm", o, layer.out.kernel[...]))
 
 
+@pytest.mark.slow
 def test_packed_documents_are_alone_and_a_state_carries_over():
     layer = NeuralMemory(8, 2, chunk_size=3, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
     x = np.random.default_rng(0).normal(size=(2, T, 8))

@@ -117,7 +117,8 @@ def test_without_the_memory_it_is_attention_in_segments_with_a_prefix():
     np.testing.assert_array_equal(run(layer, changed)[:, C:], out[:, C:])
 
 
-@pytest.mark.parametrize("update", mostly_slow(["token", "chunk"], ["chunk"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("update", ["token", "chunk"])
 def test_documents_are_alone_and_parts_are_the_whole(update):
     layer, x = make(position=Rope(), memory_options={"update": update}), tokens(3)
     out = run(layer, x, IDS)

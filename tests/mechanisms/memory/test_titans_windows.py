@@ -65,6 +65,7 @@ def test_it_is_its_definition(kind, options):
     close(run(layer, x), plain(layer, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [TitansMAG, TitansMAL])
 def test_documents_are_alone_and_parts_are_the_whole(kind):
     layer, x = make(kind, position=Rope()), tokens(1)

@@ -95,6 +95,7 @@ def index(tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.slow
 def test_pip_fetches_from_the_index_of_its_configuration(known, index):
     data = wheel(MEMBERS)
     known(package(data))
