@@ -107,28 +107,16 @@ class FewPrograms:
             gc.collect()
 
 
-CASES = 3
-"""How many cases of a grid the fast suite runs."""
-
-
-def spread(cases: list) -> list:
-    """A few of many cases: the first, the last, and what lies evenly between them."""
-    places = {round(i * (len(cases) - 1) / (CASES - 1)) for i in range(CASES)}
-    return [cases[place] for place in sorted(places)]
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    # Every case costs a compilation. The slow suite runs what the fast one leaves out; WORKSPACE.md says so.
+    # Every case costs compilations: the fast suite runs the first and the last one of a grid, the slow suite the rest.
     grids = {}
     for item in items:
         if hasattr(item, "callspec") and not any(item.get_closest_marker(name) for name in ("slow", "every_case")):
             grids.setdefault((item.path, item.cls, item.originalname), []).append(item)
     for cases in grids.values():
-        kept = set(spread(cases))
-        for item in cases:
-            if item not in kept:
-                item.add_marker(pytest.mark.slow)
+        for item in cases[1:-1]:
+            item.add_marker(pytest.mark.slow)
 
 
 def pytest_configure(config):

@@ -14,12 +14,15 @@ LONG = "memory"
 # These run one program, compiled in two precisions; each of the other checks compiles programs of its own.
 CHEAP = ("gradients", "derivative", "determinism", "empty_rows", "poison", "causality")
 # Large mechanisms that face every check in the fast suite all the same, for all others of their form.
-REPRESENTATIVES = ("linear_recurrence", "linear_attention", "kv_bias", "efficient_probing", "SimpleRMSNorm")
+REPRESENTATIVES = ("linear_recurrence", "kv_bias", "efficient_probing", "SimpleRMSNorm")
+# Functions whose programs are as large as those of layers.
+SLOW = ("flow_attention", "titans_linear_memory")
 
 
 def is_slow(entry):
-    """Layers around a recurrence are the largest programs; the functions inside them are checked either way."""
-    return entry.layer is not None and (entry.kind == "recurrence" or entry.family == "memory")
+    """Layers around a recurrence are the largest programs; most functions inside them are checked either way."""
+    of_recurrence = entry.layer is not None and (entry.kind == "recurrence" or entry.family == "memory")
+    return of_recurrence or entry.name in SLOW
 
 
 def is_large(entry):

@@ -132,6 +132,7 @@ def test_a_cell_judges_the_model_with_the_mechanism_in_it(bench):
     assert outcome_of(bench, "window_cache:window=5")["perplexity"] == pytest.approx(by_hand, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_pairs_that_depend_on_the_data_are_read_as_they_are_chosen(bench):
     found = outcome_of(bench, "moba_attention:chunk_size=8,topk=2")
     model = bench.source.load(Swap("moba_attention", {"chunk_size": 8, "topk": 2})).model
@@ -148,6 +149,7 @@ def test_pairs_that_depend_on_the_data_are_read_as_they_are_chosen(bench):
     assert found["visited_share"] < 0.45
 
 
+@pytest.mark.slow
 def test_some_layers_and_heads_alone(bench):
     found = outcome_of(bench, "window_cache:window=5", layers=[-1], heads=[1])
     share = (plain_weights(bench)[1, 1] * window(5)).sum(-1)
@@ -204,6 +206,7 @@ def test_everything_of_the_catalogue_takes_part():
     assert Request("full_cache", {"max_tokens": 128}, "full_cache:max_tokens=128") in requests
 
 
+@pytest.mark.slow
 def test_tuning_pulls_towards_the_unswapped_model(bench, monkeypatch):
     # A text with a single place for a piece, so that losses of all steps are of the same tokens.
     monkeypatch.setattr(swap_tune, "texts", lambda: ((TEXT * 3)[: 16 * swap_tune.CHARACTERS + 1],))

@@ -113,6 +113,7 @@ def by_hand(model, tokens, values=None, **call):
     return model.embed.attend(model.stack.norm(x))
 
 
+@pytest.mark.slow
 def test_later_layers_are_handed_the_values_of_the_first():
     model, tokens = rwkv(**RANKS), jnp.asarray(np.random.default_rng(1).integers(0, 17, (2, 9)))
     layers = [block.attention for block in model.stack.blocks]

@@ -134,6 +134,7 @@ def test_gradients_of_the_token_loop_are_those_of_separate_calls():
         close(gradient, expected[name], 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "rank1"), [("none", False), ("head", True), ("token", False), ("channel", True)])
 def test_gradients_of_all_modes_are_those_of_the_token_loop(kind, rank1):
     arrays, rows = given(kind, rank1, strong=True), ids()
@@ -147,6 +148,7 @@ def test_gradients_of_all_modes_are_those_of_the_token_loop(kind, rank1):
             close(gradient, expected[name], 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["triton", "tpu"])
 def test_kernels_return_them_too(implementation):
     arrays, rows = given("token", True), ids()

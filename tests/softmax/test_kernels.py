@@ -236,6 +236,7 @@ def test_any_length(lengths, kernel):
     np.testing.assert_allclose(out, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @each_kernel
 def test_dropout_is_that_of_the_other_paths(kernel):
     arrays = inputs(kernel)

@@ -149,6 +149,7 @@ def layer_entry(layer, **changes):
     return toys.entry(function=None, kind="layer", layer=layer, example=layer_example, **changes)
 
 
+@pytest.mark.slow
 def test_a_sound_layer_passes_every_check():
     results = verdicts(layer_entry(MultiHeadAttention, cost=Cost("T^2", "T")))
     assert {name for name, r in results.items() if r.status != PASSED} == {"jit"}, list(map(str, results.values()))

@@ -212,6 +212,7 @@ def test_neighbors_of_a_short_row():
                 close(layer(jnp.asarray(x)), neighbors(p, "it", x, mode))
 
 
+@pytest.mark.slow
 def test_heads_can_be_seen_and_replaced():
     layer = OrchidOperator(M, 2, residual_conv=False, rngs=nnx.Rngs(0))
     seen = []

@@ -96,6 +96,7 @@ def test_the_layer_by_hand(options):
     np.testing.assert_allclose(layer(jnp.asarray(x, jnp.float32)).output, expected, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_state_knows_its_positions():
     layer = layer_of(position=Rope(), head_dim=4)
     x = jnp.asarray(np.random.default_rng(2).normal(size=(1, T, 8)), jnp.float32)

@@ -61,6 +61,7 @@ def test_decoding_on_a_state(options):
     assert cache.next.tolist() == [6, 6]
 
 
+@pytest.mark.slow
 def test_a_policy_that_forgets_keeps_keys():
     made, policy = layer(), jattn.get("window_cache")(window=3)
     cache, rows = made.init_cache(policy, 2), []

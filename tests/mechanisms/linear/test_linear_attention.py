@@ -126,6 +126,7 @@ def test_segments_are_separate_calls(is_causal):
                 close(out[row, where], jax.jit(functools.partial(linear_attention, is_causal=is_causal))(*alone)[0])
 
 
+@pytest.mark.slow
 def test_an_id_that_returns_is_a_new_segment():
     with jax.enable_x64(True):
         given = tuple(x[:1, :4] for x in arrays(source=T))
@@ -198,6 +199,7 @@ def test_decoding_gives_the_parallel_rows_and_splits_continue():
         close(np.concatenate([first, second], 1), whole)
 
 
+@pytest.mark.slow
 def test_invalid_tokens_leave_a_state_alone_and_states_carry_gradients():
     with jax.enable_x64(True):
         query, key, value = (x[:, :3] for x in arrays(source=T))
@@ -229,6 +231,7 @@ def test_states_are_caches():
         linear_attention_state(1, 1, 1, 0)
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_length_forward_and_backward():
     def bytes_of(length):
         x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)

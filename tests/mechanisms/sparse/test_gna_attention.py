@@ -99,6 +99,7 @@ def test_dilation_is_attention_on_each_residue():
             close(out[:, g::3], gna_attention(*(x[:, g::3] for x in given), window=3, stride=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sinks", [None, np.array([0.5, -1.0, 0.0, 2.0])])
 def test_extra_tokens_join_one_softmax_with_all_gradients(sinks):
     with jax.enable_x64(True):

@@ -104,6 +104,7 @@ def test_pip_fetches_from_the_index_of_its_configuration(known, index):
     assert packages.state("toy") == "fetched"
 
 
+@pytest.mark.slow
 def test_pip_itself_refuses_another_archive(folder, known, index):
     known(package(wheel(MEMBERS)))
     index(wheel({}))

@@ -156,6 +156,7 @@ def test_an_interrupted_fetch_leaves_nothing(folder, known, monkeypatch):
     assert packages.state("toy") == "not fetched"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system kills processes in another way")
 def test_a_killed_fetch_leaves_nothing_that_looks_fetched(folder, known, pip):
     data = wheel(MEMBERS)

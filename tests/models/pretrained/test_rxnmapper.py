@@ -87,6 +87,7 @@ def shape_of(text):
     return sides
 
 
+@pytest.mark.slow
 def test_the_reactions_of_its_own_test_file(mapper):
     seen = 0
     for reaction, wanted, confidence in expected_maps():
@@ -141,6 +142,7 @@ def test_ablating_a_head(mapper):
     assert destroyed.reactant_atoms.tolist() != ATOMS and destroyed.confidence < 0.2 * untouched
 
 
+@pytest.mark.slow
 def test_swapped_attention_changes_the_map(mapper):
     whole = mapper.map_atoms(EXAMPLE).confidence
     for swap in (Swap("linear_attention", layers=[3]), Swap("linear_attention", layers=[3], heads=[5])):
