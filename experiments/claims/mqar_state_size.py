@@ -123,7 +123,7 @@ def run(quick: bool, report: Callable[[str], None]) -> Outcome:
             right.plot([at["step"] for at in curve], [at["loss"] for at in curve], color=line.get_color())
         left.set(xlabel="numbers kept per row after 64 tokens", ylabel=f"test accuracy, {PAIRS} pairs")
         left.set(xscale="log", ylim=(0, 1.05))
-        left.legend(fontsize="small")
+        figure.legend(loc="outside lower center", ncols=4, fontsize="small")
         right.set(xlabel="step", ylabel="training loss (nats)")
         for axis in (left, right):
             axis.grid(alpha=0.3)
