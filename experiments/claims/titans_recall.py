@@ -19,7 +19,7 @@ STAGES = ((32, 0.01, 300, 64), (LENGTH, 1.0, 200, 32))
 """Length, spread of the queries, steps and rows a step of each part of the training; the last is judged."""
 SEED = 0
 LINEAR = {"linear": True, "theta_max": 0.5}
-"""A memory of one matrix, whose steps may overwrite what a key had stored. One of two did not learn the task in time."""
+"""A memory of one matrix, whose steps may overwrite what a key had stored. One of two did not learn this in time."""
 PARTS: dict[str, Any] = {"num_persistent": WINDOW, "chunk_size": WINDOW, "memory_options": LINEAR}
 MIXERS = {
     "full attention": Swap("softmax_attention"),
