@@ -6,7 +6,7 @@
     python -m experiments.benchmark --suite=lengths --lengths=1024,2048 --rounds=5
     python -m experiments.benchmark --suite=gpu              on an NVIDIA GPU: all kernels, cuDNN and JAX's own
     python -m experiments.benchmark --suite=gpu --groups=published,decode --lengths=4096
-    python -m experiments.benchmark --suite=gpu --tiny --output=/tmp/gpu    the same path anywhere, at toy sizes
+    python -m experiments.benchmark --suite=gpu --tiny --output=results/gpu    the same path anywhere, at toy sizes
 
 Programs are compiled anew and then run in turn, so that a busy machine disturbs all alike; ratios are taken round by
 round and given as medians with quartiles. `compile s` includes tracing, `temp MB` is what the compiler reserves

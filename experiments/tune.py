@@ -3,7 +3,7 @@
     python -m experiments.tune                                        bfloat16, head dims 64, 128, 256, both passes
     python -m experiments.tune --head_dims=192/128 --passes=backward  one head dim (D/Dv), one pass
     python -m experiments.tune --nowrite_table                        search and record, leave the table alone
-    python -m experiments.tune --interpret --table=/tmp/tiles.json    the whole path on a CPU, at toy sizes
+    python -m experiments.tune --interpret --table=results/tiles.json    the whole path on a CPU, at toy sizes
 
 For every (dtype, head dims, causal or not, pass) all candidates (block_q x block_k x num_warps x num_stages) are
 compiled and run in turn, several calls at a time. A candidate that breaks the shared-memory rule, does not compile or
